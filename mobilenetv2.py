@@ -313,16 +313,16 @@ def save_checkpoint(path, model, classes, preprocessing, history=()):
 
 def read_file(path):
     """Unpickle tensors and plain values from `path`, nothing else: weights_only=True refuses what could run code."""
-    if not Path(path).is_file():
+    try:
+        contents = Path(path).read_bytes()
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"no checkpoint at '{path}': train one with 'python train.py', or name another with --checkpoint"
-        )
+        ) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a strange pickle protocol: the error below says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+            return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
         raise CheckpointError(
             f"'{path}' cannot be read as a checkpoint: it is damaged, not from PyTorch, or holds more than tensors and"

@@ -1,11 +1,17 @@
 """What every test shares: the project on the path, a fixed number of threads, no network."""
 
+import os
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+
+# One thread, here and in what the tests start: the arrays are too small for more, and a busy machine changes nothing.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,3 +34,37 @@ def no_network(monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call a script as the command line does: call(train, '--epochs', 1) -> (exit code, stdout, stderr)."""
+    import data
+    from mobilenetv2 import CheckpointError
+
+    def call_script(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            data.run(script.main, CheckpointError)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call_script
+
+
+# The smallest run that is still a run: digits of 16 pixels, a narrow network, a second an epoch.
+SMALL = ("--data", "digits", "--image-size", "16", "--epochs", "2")
+SMALL_NETWORK = ("--width", "0.35", "--output-stride", "32")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a small training run, made once, by the command itself."""
+    folder = tmp_path_factory.mktemp("runs") / "train"
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *SMALL_NETWORK, "--out", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder

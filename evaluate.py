@@ -1,0 +1,233 @@
+"""How good is it? Metrics by hand, a report, and pictures.
+
+    python evaluate.py                                                      # runs/finetune/best.pt on the digits' test split
+    python evaluate.py --checkpoint runs/train/best.pt --data glyphs
+
+Everything follows from two tensors, the logits (N, C) and the labels (N,): `confusion_matrix` counts, `classification_report`
+divides. The test split is used here, once, at the end; whatever was chosen was chosen on validation.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional
+
+import data
+from mobilenetv2 import CheckpointError, load_checkpoint
+
+# ------------------------------------------------------------------------------------------------- the metrics
+
+
+def predict(model, split):
+    """Logits (N, C) and labels (N,) of a whole split, on the CPU, in its order. Puts the model into eval mode."""
+    model.eval()
+    with torch.inference_mode():
+        pairs = [(model(images).cpu(), labels.cpu()) for images, labels in split.batches()]
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def score(logits, labels):
+    """Cross entropy and the fractions of images whose true class is the first, or among the first five, guesses.
+
+    Shapes (N, C), (N,). Top-5 of five classes is always right and says nothing, so it is left out there.
+    """
+    scores = {
+        "loss": functional.cross_entropy(logits, labels).item(),
+        "top1": (logits.argmax(dim=1) == labels).double().mean().item(),
+    }
+    if logits.shape[1] > 5:
+        among = logits.topk(5, dim=1).indices == labels[:, None]  # (N, 5)
+        scores["top5"] = among.any(dim=1).double().mean().item()
+    return scores
+
+
+def confusion_matrix(labels, predictions, num_classes):
+    """Count how often each class is taken for each other: (N,), (N,) -> (C, C) int64, row = true class.
+
+    Each pair (true, predicted) is one number, true · C + predicted, and bincount counts them all at once.
+    """
+    pairs = labels * num_classes + predictions
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def classification_report(confusion):
+    """Precision, recall and F1 of each class, and their averages, from a confusion matrix (C, C).
+
+        precision = right / all that were called so          (column)
+        recall    = right / all that are so                  (row)
+        F1        = 2 · precision · recall / (precision + recall) = 2 · right / (row + column)
+
+    What divides by nothing, such as the precision of a class that was never predicted, is 0.
+    Returns {"per_class": [{precision, recall, f1, support}, ...], "macro": {...}, "weighted": {...}}: macro is the plain mean
+    over the classes, weighted the mean by their number of images (support).
+    """
+    confusion = confusion.double()
+    right, actual, called = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)  # (C,) each
+    measures = {
+        "precision": right / called.clamp(min=1),
+        "recall": right / actual.clamp(min=1),
+        "f1": 2 * right / (actual + called).clamp(min=1),
+    }
+    share = actual / actual.sum().clamp(min=1)
+    rows = zip(*(values.tolist() for values in measures.values()), actual.long().tolist(), strict=True)
+    return {
+        "per_class": [dict(zip((*measures, "support"), row, strict=True)) for row in rows],
+        "macro": {name: values.mean().item() for name, values in measures.items()},
+        "weighted": {name: (values * share).sum().item() for name, values in measures.items()},
+    }
+
+
+def format_report(report, scores, classes):
+    """The report as aligned text, a line a class."""
+    width = max(len(name) for name in (*classes, "weighted"))
+    lines = [f"{'':{width}}  precision  recall      f1  support"]
+    total = sum(row["support"] for row in report["per_class"])
+    averages = [(name, report[name] | {"support": total}) for name in ("macro", "weighted")]
+    for name, row in [*zip(classes, report["per_class"], strict=True), *averages]:
+        lines.append(
+            f"{name:>{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7d}"
+        )
+    lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the pictures
+
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def plot_confusion(confusion, classes, path):
+    """The matrix, each row divided by its sum, with the counts written into the cells where they fit."""
+    side = min(max(4.5, 0.45 * len(classes)), 16)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axes = figure.subplots()
+    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, label="share of the true class", shrink=0.8)
+    axes.set(
+        xlabel="predicted", ylabel="true", title=f"{int(confusion.diagonal().sum())} of {int(confusion.sum())} right"
+    )
+    if len(classes) <= 50:
+        longest = max(len(name) for name in classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if longest > 2 else 0)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in confusion.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_samples(split, logits, classes, path, count=32):
+    """A grid of images spread evenly over the split: true class, and in red what it was taken for, with the confidence."""
+    indices = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
+    images = torch.cat([batch for batch, _ in split.subset(indices).batches()]).cpu()
+    mean, deviation = (torch.tensor(split.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = (images * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (N, S, S, 3), back to 0..1
+    confidences, predictions = logits[indices].softmax(dim=1).max(dim=1)
+
+    columns = 8
+    rows = -(-len(indices) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.4), layout="constrained")
+    figure.suptitle("green: right · red: true → predicted · confidence")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, label, guess, confidence in zip(
+        figure.axes, images, split.labels[indices].tolist(), predictions.tolist(), confidences.tolist(), strict=False
+    ):
+        axes.imshow(image.numpy(), interpolation="nearest")
+        names = classes[label] if label == guess else f"{classes[label]} → {classes[guess]}"
+        axes.set_title(f"{names}\n{confidence:.0%}", color=RIGHT if label == guess else WRONG, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def plot_history(history, path):
+    """Loss and accuracy of a run, epoch by epoch; a dashed line where another stage begins."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    epochs = range(1, len(history) + 1)
+    changes = [epoch for epoch in epochs if epoch > 1 and history[epoch - 1]["stage"] != history[epoch - 2]["stage"]]
+    for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
+        for part, colour in (("train", "#8c959f"), ("val", "#0969da")):
+            values = [row[f"{part}_{key}"] for row in history]
+            axes.plot(epochs, values, marker=".", color=colour, label={"train": "training", "val": "validation"}[part])
+        for epoch in changes:
+            axes.axvline(
+                epoch - 0.5, color="black", linestyle="--", linewidth=1, label=f"stage: {history[epoch - 1]['stage']}"
+            )
+        axes.set(xlabel="epoch", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# -------------------------------------------------------------------------------------------------- the script
+
+
+def write_predictions(path, split, logits, classes):
+    """predictions.csv: a line an image, in the order of the split."""
+    confidences, predictions = logits.softmax(dim=1).max(dim=1)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "true", "predicted", "confidence"])
+        for index, (label, guess, confidence) in enumerate(
+            zip(split.labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
+        ):
+            writer.writerow([split.name(index), classes[label], classes[guess], f"{confidence:.6f}"])
+
+
+def load_for_evaluation(args, device):
+    """The network of --checkpoint and the images of --data, as it was trained to see them.
+
+    Returns (model, checkpoint, split, "test" or "val"): the test split, or where there is none the validation split.
+    Raises CheckpointError or DataError, also when network and data do not have the same classes.
+    """
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    dataset = data.load_data(
+        args.data, checkpoint["preprocessing"], batch_size=args.batch_size, workers=args.workers, device=device
+    )
+    known, there = checkpoint["classes"], dataset.classes
+    if known != there:
+        raise data.DataError(
+            f"'{args.checkpoint}' knows {len(known)} classes ({', '.join(known[:3])}, ...), '{args.data}' has {len(there)}"
+            f" ({', '.join(there[:3])}, ...): name the data it was trained on with --data"
+        )
+    model.to(device, memory_format=torch.channels_last)
+    return (model, checkpoint, dataset.test, "test") if dataset.test else (model, checkpoint, dataset.val, "val")
+
+
+def main():
+    parser = data.command_line("Evaluate a checkpoint on the test split.", "digits", "runs/evaluate", batch_size=256)
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/finetune/best.pt"), help="network to evaluate")
+    data.add_device_option(parser)
+    args = parser.parse_args()
+    model, checkpoint, split, split_name = load_for_evaluation(args, data.choose_device(args.device))
+    classes = checkpoint["classes"]
+    if split_name == "val":
+        print(f"note: {args.data} has no test split; this is its validation split, on which the checkpoint was chosen")
+
+    logits, labels = predict(model, split)
+    scores = score(logits, labels)
+    confusion = confusion_matrix(labels, logits.argmax(dim=1), len(classes))
+    report = classification_report(confusion)
+    text = f"{args.checkpoint} on {len(split)} images of {args.data} ({split_name})\n\n"
+    text += format_report(report, scores, classes)
+    print(text)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    metrics = {"checkpoint": str(args.checkpoint), "data": args.data, "split": split_name, "images": len(split)}
+    metrics |= scores | {name: report[name] for name in ("macro", "weighted")}
+    metrics["per_class"] = dict(zip(classes, report["per_class"], strict=True))
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False), encoding="utf-8")
+    (args.out / "report.txt").write_text(text + "\n", encoding="utf-8")
+    write_predictions(args.out / "predictions.csv", split, logits, classes)
+    plot_confusion(confusion, classes, args.out / "confusion.png")
+    plot_samples(split, logits, classes, args.out / "samples.png")
+    print(f"\nwrote metrics.json, report.txt, predictions.csv, confusion.png and samples.png to {args.out}")
+    print(f"next: python export.py --checkpoint {args.checkpoint} --data {args.data}")
+
+
+if __name__ == "__main__":
+    data.run(main, CheckpointError)

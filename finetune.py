@@ -1,0 +1,128 @@
+"""Transfer a trained network to another data set, in two stages.
+
+    python finetune.py                                   # letters (runs/train/best.pt) teach handwritten digits
+    python finetune.py --data path/to/photos --checkpoint imagenet --image-size 160
+
+Stage "head": the network is frozen and only a new classifier is trained on what it says of each image. Stage "blocks": the
+last blocks are trained too, more carefully than the classifier. The first layers stay as they are: edges and strokes
+are edges and strokes in any data set, and few labelled images would only spoil them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import data
+from mobilenetv2 import CheckpointError, load_checkpoint, load_pretrained, read_pretrained, replace_classifier
+from train import Run, fit, parameter_groups
+
+FEATURE_PASSES = 4  # how many pictures of each training image stage "head" learns from: itself, and augmented ones
+BACKBONE_RATE = 1.0  # learning rate of the blocks, as a share of the classifier's
+
+
+@dataclass
+class Features(data.Split):
+    """What the frozen network says of each image, (N, 1280), with labels (N,): a split like those of data.py."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    batch_size: int
+    seed: int
+    repeats: int = 1
+
+    def batches(self, epoch=None):
+        shuffle = None if epoch is None else torch.Generator().manual_seed(data.epoch_seed(self.seed, epoch))
+        for indices in data.index_batches(len(self.labels), self.batch_size, shuffle):
+            yield self.features[indices], self.labels[indices]
+
+
+def compute_features(model, split, passes=1):
+    """Show every image of a split to the frozen network: Features of passes · N images.
+
+    A frozen network is a fixed function: the same image gives the same 1280 numbers in every epoch. So they are computed
+    once, and an epoch of stage "head" is a few small matrix products instead of a walk through 17 blocks. The first pass
+    takes the images as they are, each further one an augmented copy, which is what remains of augmentation here.
+    """
+    model.eval()  # BatchNorm uses, and keeps, the statistics that the network was trained with
+    features, labels = [], []
+    with torch.no_grad():
+        for number in range(passes):
+            for images, targets in split.batches(epoch=number or None):
+                features.append(model.features(images))
+                labels.append(targets)
+    return Features(torch.cat(features), torch.cat(labels), split.batch_size, split.seed)
+
+
+def train_head(run, model, dataset, args):
+    """Stage "head": train the classifier on the features of the frozen network."""
+    train, val = compute_features(model, dataset.train, FEATURE_PASSES), compute_features(model, dataset.val)
+    head = nn.Sequential(model.dropout, model.classifier)  # (N, 1280) -> (N, classes)
+    groups = parameter_groups(head.parameters(), args.learning_rate, args.weight_decay)
+    fit(run, "head", head, [head], train, val, groups, args, args.head_epochs)
+
+
+def unfreeze(model, count):
+    """Freeze all but the last `count` blocks, the head and the classifier; 17 blocks are all there are, and free the stem, too.
+
+    Returns the modules that are free: (of the backbone, of the classifier).
+    """
+    model.requires_grad_(False)
+    backbone = nn.ModuleList([model.blocks[len(model.blocks) - count :], model.head])
+    if count == len(model.blocks):
+        backbone.append(model.stem)
+    for module in (backbone, model.classifier):
+        module.requires_grad_(True)
+    return backbone, nn.ModuleList([model.dropout, model.classifier])
+
+
+def train_blocks(run, model, dataset, args):
+    """Stage "blocks": train the last blocks, the head and the classifier together, on the images themselves.
+
+    Nothing in front of the first unfrozen block needs a gradient, so none is computed there.
+    """
+    backbone, classifier = unfreeze(model, args.unfreeze)
+    groups = parameter_groups(backbone.parameters(), BACKBONE_RATE * args.learning_rate, args.weight_decay)
+    groups += parameter_groups(classifier.parameters(), args.learning_rate, args.weight_decay)
+    trained = [backbone, classifier]
+    fit(run, "blocks", model, trained, dataset.train, dataset.val, groups, args, args.epochs)
+
+
+def main():
+    parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune", batch_size=64)
+    data.add_training_options(parser, epochs=20, learning_rate=0.05)
+    parser.add_argument(
+        "--checkpoint", default="runs/train/best.pt", help="start: a checkpoint, a torchvision .pth, or imagenet"
+    )
+    parser.add_argument("--head-epochs", type=data.number(int, 1, 100_000), default=20, help="epochs of stage head")
+    parser.add_argument("--unfreeze", type=data.number(int, 0, 17), default=10, help="blocks that stage blocks trains")
+    args = parser.parse_args()
+    device = data.choose_device(args.device)
+    torch.manual_seed(args.seed)
+
+    start = read_pretrained(args.checkpoint)
+    # The network goes on seeing images as it has learned to; whether they are grey is up to the new data.
+    preprocessing = {key: start["preprocessing"][key] for key in ("image_size", "mean", "std")}
+    if args.image_size:
+        preprocessing["image_size"] = args.image_size
+    dataset = data.load_data(args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device)
+    model = load_pretrained(start, len(dataset.classes))
+    if len(start["classes"]) == len(dataset.classes) and start["classes"] != dataset.classes:
+        replace_classifier(model, len(dataset.classes))
+    model.to(device, memory_format=torch.channels_last)
+    print(
+        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
+        f" of {preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width {model.arch['width_mult']:g}"
+    )
+
+    run = Run(args.out, model, dataset, args.head_epochs + args.epochs)
+    train_head(run, model, dataset, args)
+    # Stage "blocks" starts from the best head, and best.pt is replaced only by something better.
+    model.load_state_dict(load_checkpoint(args.out / "best.pt")[0].state_dict())
+    train_blocks(run, model, dataset, args)
+    run.finish()
+    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {args.data}")
+
+
+if __name__ == "__main__":
+    data.run(main, CheckpointError)

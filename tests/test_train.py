@@ -1,0 +1,168 @@
+"""Training: the schedule, the groups, the loop, what a run leaves behind, and bad input."""
+
+import csv
+import math
+
+import pytest
+import torch
+from conftest import SMALL, SMALL_NETWORK
+from matplotlib.image import imread
+from torch import nn
+
+import train
+from data import DataError
+from mobilenetv2 import MobileNetV2, load_checkpoint
+
+
+def test_the_schedule_is_a_warm_up_and_a_cosine():
+    factors = [train.cosine(step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert factors[10:] == pytest.approx([(1 + math.cos(math.pi * step / 90)) / 2 for step in range(90)])
+    assert max(factors) == factors[10] == 1 and min(factors) > 0
+    assert train.cosine(0, 1) > 0  # the shortest of all runs learns, too
+
+
+def test_weight_decay_is_for_convolutions_and_linear_layers_only():
+    model = MobileNetV2(num_classes=5)
+    decayed, plain = train.parameter_groups(model.parameters(), 0.1, 4e-5)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (4e-5, 0)
+    expected = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    assert {id(parameter) for parameter in decayed["params"]} == expected
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert all(parameter.dim() == 1 for parameter in plain["params"])
+
+
+def test_an_epoch_is_plain_sgd_with_the_rate_of_the_schedule():
+    torch.manual_seed(0)
+    model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+    twin.load_state_dict(model.state_dict())
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(3)]
+    optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 0.5, 0.01), lr=0.5)
+    steps = []
+    scores = train.train_epoch(model, batches, optimizer, lambda step: 1 / (step + 1), 0.1, steps.append)
+
+    losses, right = [], 0
+    for step, (inputs, labels) in enumerate(batches):
+        logits = twin(inputs)
+        target = torch.full((8, 3), 0.1 / 3).scatter_(1, labels[:, None], 0.9 + 0.1 / 3)
+        loss = -(target * logits.log_softmax(1)).sum(1).mean()
+        twin.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        right += (logits.argmax(1) == labels).sum().item()
+        with torch.no_grad():
+            rate = 0.5 / (step + 1)
+            twin.weight -= rate * (twin.weight.grad + 0.01 * twin.weight)
+            twin.bias -= rate * twin.bias.grad
+    torch.testing.assert_close(model.weight, twin.weight)
+    torch.testing.assert_close(model.bias, twin.bias)
+    assert scores == {"train_loss": pytest.approx(sum(losses) / 3), "train_top1": right / 24}
+    assert steps == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 1, 0), lr=1)
+    batches = [(torch.full((4, 2), float("inf")), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(DataError, match="no longer finite: lower --learning-rate"):
+        train.train_epoch(model, batches, optimizer, lambda step: 1, 0, lambda step: None)
+
+
+def test_a_run_leaves_its_files(trained):
+    assert sorted(path.name for path in trained.iterdir()) == ["best.pt", "curves.png", "last.pt", "log.csv"]
+    with open(trained / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["epoch", "stage", "train_loss", "train_top1", "val_loss", "val_top1", "seconds"]
+    assert [list(row) for row in rows] == [columns] * 2
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    model, checkpoint = load_checkpoint(trained / "last.pt")
+    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in checkpoint["history"]]
+    assert checkpoint["classes"] == list("0123456789") and checkpoint["preprocessing"]["image_size"] == 16
+    assert model.arch == {"num_classes": 10, "width_mult": 0.35, "dropout": 0.2, "output_stride": 32}
+    assert imread(trained / "curves.png").std() > 0
+
+
+def test_best_is_the_epoch_with_the_best_validation(tmp_path, call):
+    code, *_ = call(train, *SMALL, *SMALL_NETWORK, "--epochs", 6, "--out", tmp_path)
+    assert code == 0
+    history = load_checkpoint(tmp_path / "last.pt")[1]["history"]
+    best = load_checkpoint(tmp_path / "best.pt")[1]["history"]
+    assert len(history) == 6 and best == history[: len(best)]
+    assert best[-1] == max(history, key=lambda row: (row["val_top1"], row["epoch"]))
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(trained, tmp_path, call):
+    call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path / "again")
+    for name in ("best.pt", "last.pt"):
+        assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
+    call(train, *SMALL, *SMALL_NETWORK, "--seed", 1, "--out", tmp_path / "other")
+    assert (tmp_path / "other" / "last.pt").read_bytes() != (trained / "last.pt").read_bytes()
+
+
+def test_training_learns(tmp_path, call):
+    call(train, *SMALL, "--width", 0.35, "--output-stride", 16, "--epochs", 4, "--out", tmp_path)
+    history = load_checkpoint(tmp_path / "best.pt")[1]["history"]
+    assert history[-1]["val_top1"] > 0.6
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_progress_is_one_line_an_epoch_in_a_file(tmp_path, call):
+    _, out, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
+    lines = out.splitlines()
+    assert "\r" not in out and err == ""
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert "images/s" in lines[1] and "ETA" in lines[1]
+    assert str(tmp_path) in lines[-3] and lines[-2].startswith("next: python evaluate.py")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--epochs", "-1"), "'-1' is not a whole number from 1"),
+        (("--epochs", "many"), "'many' is not a whole number"),
+        (("--batch-size", "1"), "'1' is not a whole number from 2"),
+        (("--learning-rate", "nan"), "'nan' is not a number from 0"),
+        (("--width", "1000"), "'1000' is not a number"),
+        (("--image-size", "1000000"), "is not a whole number"),
+        (("--output-stride", "5"), "invalid choice"),
+        (("--surprise", "5"), "unrecognized arguments"),
+        (("--data", "letters"), "'letters' is neither a data set"),
+        (("--device", "cuda:99"), "--device cuda:99 is not to be had here"),
+        (("--device", "toaster"), "--device toaster is not to be had here"),
+        (("--data", "digits", "--per-class", "5000"), "--per-class 5000"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, message, tmp_path, call):
+    code, out, err = call(train, *arguments, "--out", tmp_path / "out")
+    assert code == 2 and message in err
+    assert len(err.splitlines()) == 1 and err.startswith("train.py: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_keeps_the_checkpoints_of_the_epoch_before(trained, tmp_path, call, monkeypatch):
+    real = train.train_epoch
+
+    def diverge_later(*arguments):
+        if (tmp_path / "last.pt").exists():
+            raise DataError("the loss is no longer finite")
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "train_epoch", diverge_later)
+    code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
+    assert code == 2 and "no longer finite" in err
+    assert len(load_checkpoint(tmp_path / "last.pt")[1]["history"]) == 1
+
+
+def test_an_interrupted_run_says_so_and_keeps_its_files(tmp_path, call, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "predict", interrupt)
+    code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
+    assert code == 2 and len(err.splitlines()) == 1 and "interrupted" in err
+
+
+def test_an_output_folder_that_is_a_file_is_named(tmp_path, call):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path / "file")
+    assert code == 2 and len(err.splitlines()) == 1 and str(tmp_path / "file") in err

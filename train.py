@@ -1,0 +1,196 @@
+"""Train MobileNetV2 from scratch.
+
+    python train.py                                # letters (glyphs), nothing to download
+    python train.py --data path/to/folder --width 1.0 --output-stride 32 --image-size 160
+
+The loop is in `train_epoch`; around it stand the learning rate (`cosine`), what a run leaves behind (`Run`), and
+`main`, which reads from top to bottom as the story of a training.
+"""
+
+import csv
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+import data
+from evaluate import plot_history, predict, score
+from mobilenetv2 import MobileNetV2, save_checkpoint
+
+MOMENTUM = 0.9
+WARMUP = 0.1  # share of all steps
+
+
+def cosine(step, steps):
+    """Factor of the learning rate at `step` of `steps`: a linear warm-up from 0, then half a cosine down to 0.
+
+    The first gradients of a fresh network point anywhere, hence the warm-up (Goyal et al., arXiv:1706.02677, §2.2);
+    the cosine is Loshchilov and Hutter's (arXiv:1608.03983, equation 5, without restarts).
+    """
+    warmup = WARMUP * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def parameter_groups(parameters, learning_rate, weight_decay):
+    """Two groups for the optimiser: weight decay for the weights of convolutions and linear layers, none for the rest.
+
+    BatchNorm's scale and shift and the classifier's bias are vectors; to pull them to 0 has no use: the size of the weights
+    before a normalisation is cancelled by it, that of the normalisation is not.
+    """
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for parameter in parameters:
+        groups[0 if parameter.dim() > 1 else 1]["params"].append(parameter)
+    # base_rate: what the schedule multiplies. It is in the group so that groups may have different ones.
+    return [group | {"lr": learning_rate, "base_rate": learning_rate} for group in groups if group["params"]]
+
+
+def train_epoch(model, batches, optimizer, factor_at, label_smoothing, progress):
+    """One pass over `batches`, an iterable of (inputs, labels). The caller decides which layers are in training mode.
+
+    factor_at(step) is the schedule, `step` counting from 0 in this epoch; progress(step) is called after each step.
+    Returns {"train_loss", "train_top1"}: means over the epoch, the loss being what is minimised, label smoothing included.
+    Raises DataError when the loss is no longer finite.
+    """
+    loss_sum, right, count = 0.0, 0, 0
+    for step, (inputs, labels) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_rate"] * factor_at(step)
+        logits = model(inputs)
+        # cross_entropy applies the softmax itself: its input is logits. Smoothing asks for 1 - s on the true class and
+        # shares s among all (Szegedy et al., arXiv:1512.00567, §7), so that logits need not grow for ever.
+        loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        # Sums stay tensors until the end: .item() would make a GPU wait at every step.
+        loss_sum += loss.detach() * len(labels)
+        right += (logits.detach().argmax(dim=1) == labels).sum()
+        count += len(labels)
+        progress(step + 1)
+    if not math.isfinite(loss_sum):
+        raise data.DataError(
+            "the loss is no longer finite: lower --learning-rate; the checkpoints are of the epoch before"
+        )
+    return {"train_loss": float(loss_sum) / count, "train_top1": int(right) / count}
+
+
+class Run:
+    """What a run leaves in its folder: last.pt and log.csv after every epoch, best.pt when it is the best, curves.png.
+
+    The best epoch has the highest validation accuracy, and among equals it is the latest, which learned at the lowest rate.
+    """
+
+    def __init__(self, folder, model, dataset, epochs):
+        self.folder, self.model, self.dataset, self.epochs = Path(folder), model, dataset, epochs
+        self.history, self.seconds = [], []
+        self.best = 0.0
+        self.start = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, name):
+        save_checkpoint(self.folder / name, self.model, self.dataset.classes, self.dataset.preprocessing, self.history)
+
+    def eta(self, part=0.0):
+        """Time left, as the epochs so far and the `part` of the one that runs lead to expect."""
+        done = len(self.history) + part
+        left = (time.perf_counter() - self.start) / done * (self.epochs - done)
+        return f"ETA {int(left) // 60}:{int(left) % 60:02d}"
+
+    def progress(self, step, steps):
+        """A line that overwrites itself, on a terminal only: a file gets one line an epoch."""
+        if sys.stdout.isatty():
+            print(
+                f"\repoch {len(self.history) + 1}/{self.epochs}  step {step}/{steps}  {self.eta(step / steps)}", end=""
+            )
+
+    def end_epoch(self, row, images, seconds):
+        """Record an epoch: its stage and scores, the number of images it trained on, and the seconds that took."""
+        row = {"epoch": len(self.history) + 1} | row
+        self.history.append(row)
+        self.seconds.append(f"{seconds:.2f}")  # not in the checkpoint, which is the same for the same seed
+        if row["val_top1"] >= self.best:
+            self.best = row["val_top1"]
+            self.save("best.pt")
+        self.save("last.pt")
+        with open(self.folder / "log.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*row, "seconds"])
+            writer.writerows([*row.values(), took] for row, took in zip(self.history, self.seconds, strict=True))
+        print(
+            "\r\033[K" * sys.stdout.isatty() + f"epoch {row['epoch']}/{self.epochs}  {row['stage']}"
+            f"  train loss {row['train_loss']:.3f} top1 {row['train_top1']:.2%}"
+            f"  val loss {row['val_loss']:.3f} top1 {row['val_top1']:.2%}  {images / seconds:.0f} images/s  {self.eta()}",
+            flush=True,
+        )
+
+    def finish(self):
+        plot_history(self.history, self.folder / "curves.png")
+        print(f"best validation accuracy {self.best:.2%}, {time.perf_counter() - self.start:.0f} s")
+        print(f"wrote best.pt, last.pt, log.csv and curves.png to {self.folder}")
+
+
+def fit(run, stage, network, trained, train, val, groups, args, epochs):
+    """Train `network` for some epochs and record each of them in `run`.
+
+    Args:
+        stage: what the log calls these epochs.
+        trained: the modules that are in training mode (dropout drops, BatchNorm looks at the batch); all others are not.
+        train, val: splits, in what form the network takes them.
+        groups: from `parameter_groups`.
+    """
+    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=MOMENTUM, nesterov=True)
+    steps = train.steps()
+    for epoch in range(epochs):
+        started = time.perf_counter()
+        network.eval()
+        for module in trained:
+            module.train()
+        row = {"stage": stage} | train_epoch(
+            network,
+            train.batches(epoch),
+            optimizer,
+            lambda step, done=epoch * steps: cosine(done + step, epochs * steps),
+            args.label_smoothing,
+            lambda step: run.progress(step, steps),
+        )
+        seconds = time.perf_counter() - started
+        scores = score(*predict(network, val))
+        row |= {"val_loss": scores["loss"], "val_top1": scores["top1"]}
+        run.end_epoch(row, train.epoch_size(), seconds)
+
+
+def main():
+    parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train", batch_size=64)
+    data.add_training_options(parser, epochs=6, learning_rate=0.1)
+    parser.add_argument("--width", type=data.number(float, 0.05, 4), default=0.5, help="width multiplier")
+    parser.add_argument(
+        "--output-stride", type=int, choices=(8, 16, 32), default=16, help="32 for photos, less for small images"
+    )
+    args = parser.parse_args()
+    device = data.choose_device(args.device)
+    torch.manual_seed(args.seed)
+
+    preprocessing = {"image_size": args.image_size} if args.image_size else None
+    dataset = data.load_data(args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device)
+    print(
+        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
+        f" images of {dataset.preprocessing['image_size']} pixels, on {device}"
+    )
+    model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
+    model.to(device, memory_format=torch.channels_last)
+    groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
+
+    run = Run(args.out, model, dataset, args.epochs)
+    fit(run, "scratch", model, [model], dataset.train, dataset.val, groups, args, args.epochs)
+    run.finish()
+    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {args.data}")
+    print(f"  or: python finetune.py --checkpoint {args.out / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    data.run(main)
