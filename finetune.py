@@ -18,7 +18,10 @@ from mobilenetv2 import CheckpointError, load_checkpoint, load_pretrained, read_
 from train import Run, fit, parameter_groups
 
 FEATURE_PASSES = 4  # how many pictures of each training image stage "head" learns from: itself, and augmented ones
-BACKBONE_RATE = 1.0  # learning rate of the blocks, as a share of the classifier's
+BACKBONE_RATE = 0.5  # learning rate of the blocks in stage "blocks", as a share of the classifier's
+# The optimiser of both stages is AdamW (Loshchilov and Hutter, arXiv:1711.05101). How large the features are differs from
+# network to network, and with it the learning rate that SGD can bear; Adam's steps do not depend on the size of the
+# gradients, so that one default serves letters and photos alike.
 
 
 @dataclass
@@ -56,41 +59,50 @@ def compute_features(model, split, passes=1):
 
 def train_head(run, model, dataset, args):
     """Stage "head": train the classifier on the features of the frozen network."""
+    print(
+        f"stage head: the features of {len(dataset.train)} images, {FEATURE_PASSES} times each, and of {len(dataset.val)}",
+        flush=True,
+    )
     train, val = compute_features(model, dataset.train, FEATURE_PASSES), compute_features(model, dataset.val)
     head = nn.Sequential(model.dropout, model.classifier)  # (N, 1280) -> (N, classes)
-    groups = parameter_groups(head.parameters(), args.learning_rate, args.weight_decay)
-    fit(run, "head", head, [head], train, val, groups, args, args.head_epochs)
+    optimizer = torch.optim.AdamW(parameter_groups(head.parameters(), args.learning_rate, args.weight_decay))
+    fit(run, "head", head, [head], train, val, optimizer, args, args.head_epochs)
 
 
 def unfreeze(model, count):
     """Freeze all but the last `count` blocks, the head and the classifier; 17 blocks are all there are, and free the stem, too.
 
-    Returns the modules that are free: (of the backbone, of the classifier).
+    Returns the modules that are free, as two lists: backbone, classifier.
     """
     model.requires_grad_(False)
-    backbone = nn.ModuleList([model.blocks[len(model.blocks) - count :], model.head])
+    backbone = [model.blocks[len(model.blocks) - count :], model.head]
     if count == len(model.blocks):
         backbone.append(model.stem)
-    for module in (backbone, model.classifier):
+    for module in (*backbone, model.classifier):
         module.requires_grad_(True)
-    return backbone, nn.ModuleList([model.dropout, model.classifier])
+    return nn.ModuleList(backbone), model.classifier
 
 
 def train_blocks(run, model, dataset, args):
     """Stage "blocks": train the last blocks, the head and the classifier together, on the images themselves.
 
-    Nothing in front of the first unfrozen block needs a gradient, so none is computed there.
+    Nothing in front of the first unfrozen block needs a gradient, so none is computed there. BatchNorm stays in eval
+    mode everywhere: its scale and shift are trained, its mean and deviation stay those of the many images that it has seen.
+    A few batches of a small data set would only give worse ones, and throw off what the frozen layers expect.
     """
     backbone, classifier = unfreeze(model, args.unfreeze)
     groups = parameter_groups(backbone.parameters(), BACKBONE_RATE * args.learning_rate, args.weight_decay)
     groups += parameter_groups(classifier.parameters(), args.learning_rate, args.weight_decay)
-    trained = [backbone, classifier]
-    fit(run, "blocks", model, trained, dataset.train, dataset.val, groups, args, args.epochs)
+    print(
+        f"stage blocks: the last {args.unfreeze} of {len(model.blocks)} blocks, the head and the classifier", flush=True
+    )
+    trained = [model.dropout, classifier]
+    fit(run, "blocks", model, trained, dataset.train, dataset.val, torch.optim.AdamW(groups), args, args.epochs)
 
 
 def main():
     parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune", batch_size=64)
-    data.add_training_options(parser, epochs=20, learning_rate=0.05)
+    data.add_training_options(parser, epochs=10, learning_rate=0.002)
     parser.add_argument(
         "--checkpoint", default="runs/train/best.pt", help="start: a checkpoint, a torchvision .pth, or imagenet"
     )

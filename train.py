@@ -20,7 +20,6 @@ import data
 from evaluate import plot_history, predict, score
 from mobilenetv2 import MobileNetV2, save_checkpoint
 
-MOMENTUM = 0.9
 WARMUP = 0.1  # share of all steps
 
 
@@ -134,16 +133,15 @@ class Run:
         print(f"wrote best.pt, last.pt, log.csv and curves.png to {self.folder}")
 
 
-def fit(run, stage, network, trained, train, val, groups, args, epochs):
+def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
     """Train `network` for some epochs and record each of them in `run`.
 
     Args:
         stage: what the log calls these epochs.
         trained: the modules that are in training mode (dropout drops, BatchNorm looks at the batch); all others are not.
         train, val: splits, in what form the network takes them.
-        groups: from `parameter_groups`.
+        optimizer: its groups come from `parameter_groups`.
     """
-    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=MOMENTUM, nesterov=True)
     steps = train.steps()
     for epoch in range(epochs):
         started = time.perf_counter()
@@ -184,9 +182,10 @@ def main():
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
     model.to(device, memory_format=torch.channels_last)
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, nesterov=True)
 
     run = Run(args.out, model, dataset, args.epochs)
-    fit(run, "scratch", model, [model], dataset.train, dataset.val, groups, args, args.epochs)
+    fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args, args.epochs)
     run.finish()
     print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {args.data}")
     print(f"  or: python finetune.py --checkpoint {args.out / 'best.pt'}")
