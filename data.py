@@ -523,10 +523,10 @@ def add_training_options(parser, epochs, learning_rate):
     parser.add_argument("--weight-decay", type=number(float, 0, 1), default=4e-5, help="the paper's (§6.1)")
     parser.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.1, help="share that all classes get")
     parser.add_argument(
-        "--image-size", type=number(int, 8, 1024), help="pixels a side (default: that of the data or the checkpoint)"
+        "--image-size", type=number(int, 8, 1024), help="pixels a side; None: as the data or the checkpoint has it"
     )
     parser.add_argument(
-        "--per-class", type=number(int, 1, 1_000_000), help="train on so many images a class (default: all)"
+        "--per-class", type=number(int, 1, 1_000_000), help="train on so many images a class; None: all"
     )
     parser.add_argument(
         "--seed", type=number(int, 0, 2**31), default=0, help="equal seeds give equal checkpoints on the CPU"

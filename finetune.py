@@ -107,7 +107,7 @@ def main():
         "--checkpoint", default="runs/train/best.pt", help="start: a checkpoint, a torchvision .pth, or imagenet"
     )
     parser.add_argument("--head-epochs", type=data.number(int, 1, 100_000), default=20, help="epochs of stage head")
-    parser.add_argument("--unfreeze", type=data.number(int, 0, 17), default=10, help="blocks that stage blocks trains")
+    parser.add_argument("--unfreeze", type=data.number(int, 0, 17), default=14, help="blocks that stage blocks trains")
     args = parser.parse_args()
     device = data.choose_device(args.device)
     torch.manual_seed(args.seed)
