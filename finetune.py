@@ -127,7 +127,7 @@ def main():
         f" of {preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width {model.arch['width_mult']:g}"
     )
 
-    run = Run(args.out, model, dataset, args.head_epochs + args.epochs)
+    run = Run(args.out, model, dataset)
     train_head(run, model, dataset, args)
     # Stage "blocks" starts from the best head, and best.pt is replaced only by something better.
     model.load_state_dict(load_checkpoint(args.out / "best.pt")[0].state_dict())

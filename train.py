@@ -84,32 +84,37 @@ class Run:
     The best epoch has the highest validation accuracy, and among equals it is the latest, which learned at the lowest rate.
     """
 
-    def __init__(self, folder, model, dataset, epochs):
-        self.folder, self.model, self.dataset, self.epochs = Path(folder), model, dataset, epochs
+    def __init__(self, folder, model, dataset):
+        self.folder, self.model, self.dataset = Path(folder), model, dataset
         self.history, self.seconds = [], []
         self.best = 0.0
-        self.start = time.perf_counter()
+        self.started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, stage, epochs):
+        """Begin a stage of `epochs` epochs; what the log calls them is `stage`."""
+        self.stage, self.epochs, self.done, self.stage_started = stage, epochs, 0, time.perf_counter()
 
     def save(self, name):
         save_checkpoint(self.folder / name, self.model, self.dataset.classes, self.dataset.preprocessing, self.history)
 
     def eta(self, part=0.0):
-        """Time left, as the epochs so far and the `part` of the one that runs lead to expect."""
-        done = len(self.history) + part
-        left = (time.perf_counter() - self.start) / done * (self.epochs - done)
+        """Time left in the stage, as its epochs so far and the `part` of the one that runs lead to expect."""
+        done = self.done + part
+        left = (time.perf_counter() - self.stage_started) / done * (self.epochs - done)
         return f"ETA {int(left) // 60}:{int(left) % 60:02d}"
 
     def progress(self, step, steps):
         """A line that overwrites itself, on a terminal only: a file gets one line an epoch."""
         if sys.stdout.isatty():
             print(
-                f"\repoch {len(self.history) + 1}/{self.epochs}  step {step}/{steps}  {self.eta(step / steps)}", end=""
+                f"\r{self.stage} {self.done + 1}/{self.epochs}  step {step}/{steps}  {self.eta(step / steps)}", end=""
             )
 
     def end_epoch(self, row, images, seconds):
-        """Record an epoch: its stage and scores, the number of images it trained on, and the seconds that took."""
-        row = {"epoch": len(self.history) + 1} | row
+        """Record an epoch: its scores, the number of images it trained on, and the seconds that took."""
+        self.done += 1
+        row = {"epoch": len(self.history) + 1, "stage": self.stage} | row
         self.history.append(row)
         self.seconds.append(f"{seconds:.2f}")  # not in the checkpoint, which is the same for the same seed
         if row["val_top1"] >= self.best:
@@ -121,15 +126,16 @@ class Run:
             writer.writerow([*row, "seconds"])
             writer.writerows([*row.values(), took] for row, took in zip(self.history, self.seconds, strict=True))
         print(
-            "\r\033[K" * sys.stdout.isatty() + f"epoch {row['epoch']}/{self.epochs}  {row['stage']}"
-            f"  train loss {row['train_loss']:.3f} top1 {row['train_top1']:.2%}"
+            "\r\033[K"
+            * sys.stdout.isatty()
+            + f"{self.stage} {self.done}/{self.epochs}  train loss {row['train_loss']:.3f} top1 {row['train_top1']:.2%}"
             f"  val loss {row['val_loss']:.3f} top1 {row['val_top1']:.2%}  {images / seconds:.0f} images/s  {self.eta()}",
             flush=True,
         )
 
     def finish(self):
         plot_history(self.history, self.folder / "curves.png")
-        print(f"best validation accuracy {self.best:.2%}, {time.perf_counter() - self.start:.0f} s")
+        print(f"best validation accuracy {self.best:.2%}, {time.perf_counter() - self.started:.0f} s")
         print(f"wrote best.pt, last.pt, log.csv and curves.png to {self.folder}")
 
 
@@ -143,12 +149,13 @@ def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
         optimizer: its groups come from `parameter_groups`.
     """
     steps = train.steps()
+    run.begin(stage, epochs)
     for epoch in range(epochs):
         started = time.perf_counter()
         network.eval()
         for module in trained:
             module.train()
-        row = {"stage": stage} | train_epoch(
+        row = train_epoch(
             network,
             train.batches(epoch),
             optimizer,
@@ -164,7 +171,7 @@ def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
 
 def main():
     parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train", batch_size=64)
-    data.add_training_options(parser, epochs=6, learning_rate=0.1)
+    data.add_training_options(parser, epochs=5, learning_rate=0.1)
     parser.add_argument("--width", type=data.number(float, 0.05, 4), default=0.5, help="width multiplier")
     parser.add_argument(
         "--output-stride", type=int, choices=(8, 16, 32), default=16, help="32 for photos, less for small images"
@@ -184,7 +191,7 @@ def main():
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
     optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, nesterov=True)
 
-    run = Run(args.out, model, dataset, args.epochs)
+    run = Run(args.out, model, dataset)
     fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args, args.epochs)
     run.finish()
     print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {args.data}")

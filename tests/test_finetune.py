@@ -142,7 +142,7 @@ def test_as_many_classes_with_other_names_get_a_fresh_classifier(tmp_path, call,
     kept = {}
     monkeypatch.setattr(finetune, "train_blocks", lambda *_: None)
     scores = dict.fromkeys(("train_loss", "train_top1", "val_loss", "val_top1"), 0.5)
-    monkeypatch.setattr(finetune, "train_head", lambda run, *_: run.end_epoch({"stage": "head"} | scores, 1, 1))
+    monkeypatch.setattr(finetune, "train_head", lambda run, *_: (run.begin("head", 1), run.end_epoch(scores, 1, 1)))
     for name in ("letters", "digits"):
         assert call(finetune, *SHORT, "--checkpoint", tmp_path / f"{name}.pt", "--out", tmp_path / name)[0] == 0
         tuned = load_checkpoint(tmp_path / name / "best.pt")[0]
