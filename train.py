@@ -86,7 +86,7 @@ class Run:
 
     def __init__(self, folder, model, dataset):
         self.folder, self.model, self.dataset = Path(folder), model, dataset
-        self.history, self.seconds = [], []
+        self.history = []
         self.best = 0.0
         self.started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,31 +104,31 @@ class Run:
         left = (time.perf_counter() - self.stage_started) / done * (self.epochs - done)
         return f"ETA {int(left) // 60}:{int(left) % 60:02d}"
 
-    def progress(self, step, steps):
-        """A line that overwrites itself, on a terminal only: a file gets one line an epoch."""
+    def progress(self, part, rate):
+        """A line that overwrites itself, on a terminal only: a file gets one line an epoch. `rate` is in images a second."""
         if sys.stdout.isatty():
-            print(
-                f"\r{self.stage} {self.done + 1}/{self.epochs}  step {step}/{steps}  {self.eta(step / steps)}", end=""
-            )
+            where = f"{self.stage} {self.done + 1}/{self.epochs}  {part:4.0%}"
+            print(f"\r{where}  {rate:.0f} images/s  {self.eta(part)} ", end="", flush=True)
 
     def end_epoch(self, row, images, seconds):
         """Record an epoch: its scores, the number of images it trained on, and the seconds that took."""
         self.done += 1
         row = {"epoch": len(self.history) + 1, "stage": self.stage} | row
         self.history.append(row)
-        self.seconds.append(f"{seconds:.2f}")  # not in the checkpoint, which is the same for the same seed
         if row["val_top1"] >= self.best:
             self.best = row["val_top1"]
             self.save("best.pt")
         self.save("last.pt")
-        with open(self.folder / "log.csv", "w", newline="", encoding="utf-8") as file:
+        # Seconds are in the log only: checkpoints of equal runs are equal.
+        first = len(self.history) == 1
+        with open(self.folder / "log.csv", "w" if first else "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([*row, "seconds"])
-            writer.writerows([*row.values(), took] for row, took in zip(self.history, self.seconds, strict=True))
+            writer.writerows([[*row, "seconds"]] if first else [])
+            writer.writerow([*row.values(), f"{seconds:.2f}"])
+        clear = "\r\033[K" if sys.stdout.isatty() else ""
         print(
-            "\r\033[K"
-            * sys.stdout.isatty()
-            + f"{self.stage} {self.done}/{self.epochs}  train loss {row['train_loss']:.3f} top1 {row['train_top1']:.2%}"
+            f"{clear}{self.stage} {self.done}/{self.epochs}"
+            f"  train loss {row['train_loss']:.3f} top1 {row['train_top1']:.2%}"
             f"  val loss {row['val_loss']:.3f} top1 {row['val_top1']:.2%}  {images / seconds:.0f} images/s  {self.eta()}",
             flush=True,
         )
@@ -152,6 +152,11 @@ def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
     run.begin(stage, epochs)
     for epoch in range(epochs):
         started = time.perf_counter()
+
+        def progress(step, started=started):
+            images = train.epoch_size() * step / steps
+            run.progress(step / steps, images / (time.perf_counter() - started))
+
         network.eval()
         for module in trained:
             module.train()
@@ -161,7 +166,7 @@ def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
             optimizer,
             lambda step, done=epoch * steps: cosine(done + step, epochs * steps),
             args.label_smoothing,
-            lambda step: run.progress(step, steps),
+            progress,
         )
         seconds = time.perf_counter() - started
         scores = score(*predict(network, val))

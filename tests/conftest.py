@@ -1,7 +1,6 @@
 """What every test shares: the project on the path, a fixed number of threads, no network."""
 
 import os
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -15,6 +14,10 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import train  # noqa: E402
+from mobilenetv2 import CheckpointError  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,35 +39,40 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call a script as the command line does: call(train, '--epochs', 1) -> (exit code, stdout, stderr)."""
-    import data
-    from mobilenetv2 import CheckpointError
+def call_script(script, *arguments):
+    """Call a script as the command line does: returns the exit code."""
+    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, arguments)]
+    try:
+        data.run(script.main, CheckpointError)
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
 
-    def call_script(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+
+@pytest.fixture
+def call(capsys):
+    """call(train, '--epochs', 1) -> (exit code, stdout, stderr)."""
+
+    def call_and_read(script, *arguments):
         capsys.readouterr()
-        try:
-            data.run(script.main, CheckpointError)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
+        code = call_script(script, *arguments)
         output = capsys.readouterr()
         return code, output.out, output.err
 
-    return call_script
+    return call_and_read
 
 
-# The smallest run that is still a run: digits of 16 pixels, a narrow network, a second an epoch.
+# The smallest run that is still a run: digits of 16 pixels, each once an epoch, and a narrow network.
+data.DIGITS_REPEATS = 1
 SMALL = ("--data", "digits", "--image-size", "16", "--epochs", "2")
 SMALL_NETWORK = ("--width", "0.35", "--output-stride", "32")
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of a small training run, made once, by the command itself."""
+    """The folder of a small training run, made once."""
     folder = tmp_path_factory.mktemp("runs") / "train"
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *SMALL_NETWORK, "--out", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    assert call_script(train, *SMALL, *SMALL_NETWORK, "--out", folder) == 0
     return folder

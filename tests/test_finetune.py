@@ -40,7 +40,7 @@ def start(tmp_path_factory):
 
 def test_cached_features_are_the_live_ones():
     dataset = data.load_data("digits", per_class=3, batch_size=16)
-    dataset.train.repeats = 1
+    dataset.train.repeats = 1  # per_class has raised it
     model = MobileNetV2(10, 0.35, output_stride=16)
     cached = finetune.compute_features(model, dataset.train)
     images = torch.cat([images for images, _ in dataset.train.batches()])
