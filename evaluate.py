@@ -122,8 +122,8 @@ def plot_confusion(confusion, classes, path):
 
 
 def plot_samples(split, logits, classes, path, count=32):
-    """A grid of images spread evenly over the split: true class, and in red what it was taken for, with the confidence."""
-    indices = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
+    """A grid of random images, the same ones every time: true class, in red what it was taken for, and the confidence."""
+    indices = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count].sort().values
     images = torch.cat([batch for batch, _ in split.subset(indices).batches()]).cpu()
     mean, deviation = (torch.tensor(split.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     images = (images * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (N, S, S, 3), back to 0..1
@@ -150,9 +150,10 @@ def plot_history(history, path):
     epochs = range(1, len(history) + 1)
     changes = [epoch for epoch in epochs if epoch > 1 and history[epoch - 1]["stage"] != history[epoch - 2]["stage"]]
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
-        for part, colour in (("train", "#8c959f"), ("val", "#0969da")):
+        # Training images are augmented and its loss includes label smoothing: it may well look worse than validation.
+        for part, name, colour in (("train", "training (augmented)", "#8c959f"), ("val", "validation", "#0969da")):
             values = [row[f"{part}_{key}"] for row in history]
-            axes.plot(epochs, values, marker=".", color=colour, label={"train": "training", "val": "validation"}[part])
+            axes.plot(epochs, values, marker=".", color=colour, label=name)
         for epoch in changes:
             axes.axvline(
                 epoch - 0.5, color="black", linestyle="--", linewidth=1, label=f"stage: {history[epoch - 1]['stage']}"
