@@ -10,6 +10,7 @@ Three sources:
 
 Small data sets live in memory as one uint8 tensor and are augmented a whole batch at a time (`ArraySplit`); photos
 stay on the disk and are decoded by worker processes (`FolderSplit`). Both give the same thing: `split.batches()`.
+At the end stands what the scripts share of the command line: common options, and `run`, which turns an error into one line.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torchvision.transforms import v2
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 
 # What a network is trained with when it does not start from another one that says so itself (its checkpoint).
-# Glyphs and digits are white on black with about a quarter of the area inked; photos have ImageNet's statistics.
+# Augmented glyphs have a mean of 0.25 and a deviation of 0.31, digits a little more; photos have ImageNet's statistics.
 SMALL_PREPROCESSING = {"image_size": 32, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
 PHOTO_PREPROCESSING = {"image_size": 224, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -180,7 +181,7 @@ class ArraySplit(Split):
 
 
 def epoch_seed(seed, epoch):
-    """One number for the randomness of an epoch; neighbouring seeds must not share epochs."""
+    """One number for the randomness of an epoch (or, given an epoch's, of an image in it): no two pairs share it."""
     return seed * 1_000_003 + epoch
 
 
@@ -226,7 +227,8 @@ def distort(images, size, generator):
     thin = -functional.max_pool2d(-images, 3, stride=1, padding=1)
     images = images + stroke.clamp(min=0) * (thick - images) - stroke.clamp(max=0) * (thin - images)
 
-    # Blur: a share of the picture goes through a quarter of its resolution, as the 8 × 8 digits did.
+    # Blur: a share of the picture goes through a quarter of its resolution, as the 8 × 8 digits did; in a third of the
+    # pictures all of it (a number up to 1.5, cut at 1).
     coarse = functional.adaptive_avg_pool2d(images, max(size // 4, 1))
     coarse = functional.interpolate(coarse, size=(size, size), mode="bilinear")
     images = torch.lerp(images, coarse, uniform(1.5, 1, 1, 1).abs().clamp(max=1))
@@ -238,7 +240,8 @@ def distort(images, size, generator):
 
 # ------------------------------------------------------------------------------- glyphs: letters that cost nothing
 
-# The 26 capitals, and the small letters whose shape is not that of their capital at another size.
+# The letters of EMNIST's "balanced" set (Cohen et al., arXiv:1702.05373), which takes fifteen small letters and their
+# capitals for one class each: their shapes are too alike.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
 
 # matplotlib's text fonts. Computer Modern is another family than all that is trained on, so that validation and test
@@ -302,9 +305,9 @@ def load_digits(common):
     E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0, taken from scikit-learn's copy.
     A 32 × 32 bitmap was cut into 4 × 4 squares and the inked pixels of each were counted: 8 × 8 numbers from 0 to 16.
 
-    The order is that of the writers and is kept. The second half (899) tests, as in scikit-learn's example, so that most of
-    its writers are new; the support vector machine there gets 96.9% of it right. Of the first half every fifth image of each
-    digit (184) validates and the others (714) train.
+    The file does not name the writers, but its order, kept here, presumably follows them: the second half (899) tests, as in
+    scikit-learn's example, whose support vector machine gets 96.9% of it right. Of the first half every fifth image of each
+    digit (184) validates, by the same writers and so a little too well, and the others (714) train.
     """
     with numpy.load(DIGITS_FILE, allow_pickle=False) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
@@ -336,7 +339,7 @@ def open_image(path, channels):
 def photo_transform(size, training):
     """PIL image -> uint8 (C, size, size). Training sees a random part, randomly mirrored; all else the centre.
 
-    The centre is 224/256 of the shorter side, as in torchvision's own evaluation of its weights.
+    The centre is 224/256 of the shorter side, as is customary for ImageNet.
     """
     if training:
         steps = [v2.RandomResizedCrop(size, scale=(0.35, 1)), v2.RandomHorizontalFlip()]
@@ -358,7 +361,8 @@ class Photos(torch.utils.data.Dataset):
         except DataError as error:
             return error  # raised in the main process, where it is one line; a worker would wrap it in its traceback
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + index)  # the same picture from any worker, and without workers
+            # A seed for each picture of each epoch: the same picture from any worker, and without workers.
+            torch.manual_seed(epoch_seed(self.seed, index))
             return self.transform(image), self.labels[which]
 
 
@@ -414,7 +418,7 @@ def list_folder(root):
     paths, labels = [], []
     for label, name in enumerate(classes):
         files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files = [path for path in files if not path.name.startswith(".")]
+        files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
         if not files:
             raise DataError(
                 f"no images in '{root / name}': add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
@@ -513,15 +517,17 @@ def add_device_option(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def add_training_options(parser, epochs, learning_rate):
+def add_training_options(parser, epochs, learning_rate, weight_decay):
     """The options that train.py and finetune.py share, beside those of every script."""
     add_device_option(parser)
-    parser.add_argument(
-        "--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training images"
-    )
+    parser.add_argument("--epochs", type=number(int, 1, 100_000), default=epochs, help="of training on images")
     parser.add_argument("--learning-rate", type=number(float, 0, 100), default=learning_rate, help="at its highest")
-    parser.add_argument("--weight-decay", type=number(float, 0, 1), default=4e-5, help="the paper's (§6.1)")
-    parser.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.1, help="share that all classes get")
+    parser.add_argument(
+        "--weight-decay", type=number(float, 0, 1), default=weight_decay, help="of weights, not of biases"
+    )
+    parser.add_argument(
+        "--label-smoothing", type=number(float, 0, 1), default=0.1, help="probability that all classes share"
+    )
     parser.add_argument(
         "--image-size", type=number(int, 8, 1024), help="pixels a side; None: as the data or the checkpoint has it"
     )
@@ -529,7 +535,7 @@ def add_training_options(parser, epochs, learning_rate):
         "--per-class", type=number(int, 1, 1_000_000), help="train on so many images a class; None: all"
     )
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**31), default=0, help="equal seeds give equal checkpoints on the CPU"
+        "--seed", type=number(int, 0, 1_000_000), default=0, help="equal seeds give equal checkpoints on the CPU"
     )
 
 
@@ -549,7 +555,7 @@ def run(main, *errors):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; every file it had written is whole", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: interrupted; the checkpoints it had written are whole", file=sys.stderr)
         sys.exit(2)
     except (DataError, OSError, *errors) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)

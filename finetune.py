@@ -3,7 +3,7 @@
     python finetune.py                                   # letters (runs/train/best.pt) teach handwritten digits
     python finetune.py --data path/to/photos --checkpoint imagenet --image-size 160
 
-Stage "head": the network is frozen and only a new classifier is trained on what it says of each image. Stage "blocks": the
+Stage "head": the network is frozen and only a classifier is trained, on the feature vector of each image. Stage "blocks": the
 last blocks are trained too, more carefully than the classifier. The first layers stay as they are: edges and strokes
 are edges and strokes in any data set, and few labelled images would only spoil them.
 """
@@ -17,7 +17,7 @@ import data
 from mobilenetv2 import CheckpointError, load_checkpoint, load_pretrained, read_pretrained, replace_classifier
 from train import Run, fit, parameter_groups
 
-FEATURE_PASSES = 4  # how many pictures of each training image stage "head" learns from: itself, and augmented ones
+FEATURE_PASSES = 4  # stage "head" learns from the images as they are, and from three epochs of augmented ones
 BACKBONE_RATE = 0.5  # learning rate of the blocks in stage "blocks", as a share of the classifier's
 # The optimiser of both stages is AdamW (Loshchilov and Hutter, arXiv:1711.05101). How large the features are differs from
 # network to network, and with it the learning rate that SGD can bear; Adam's steps do not depend on the size of the
@@ -26,7 +26,7 @@ BACKBONE_RATE = 0.5  # learning rate of the blocks in stage "blocks", as a share
 
 @dataclass
 class Features(data.Split):
-    """What the frozen network says of each image, (N, 1280), with labels (N,): a split like those of data.py."""
+    """Feature vectors (N, 1280) of images, with labels (N,): a split like those of data.py."""
 
     features: torch.Tensor
     labels: torch.Tensor
@@ -41,17 +41,17 @@ class Features(data.Split):
 
 
 def compute_features(model, split, passes=1):
-    """Show every image of a split to the frozen network: Features of passes · N images.
+    """Show a split to the frozen network, once as it is, then for `passes` - 1 epochs of training, augmented.
 
     A frozen network is a fixed function: the same image gives the same 1280 numbers in every epoch. So they are computed
-    once, and an epoch of stage "head" is a few small matrix products instead of a walk through 17 blocks. The first pass
-    takes the images as they are, each further one an augmented copy, which is what remains of augmentation here.
+    once, and an epoch of stage "head" is a few small matrix products instead of a walk through 17 blocks. The
+    augmented passes are what remains of augmentation here.
     """
     model.eval()  # BatchNorm uses, and keeps, the statistics that the network was trained with
     features, labels = [], []
     with torch.no_grad():
         for number in range(passes):
-            for images, targets in split.batches(epoch=number or None):
+            for images, targets in split.batches(epoch=number if number > 0 else None):  # None: in order, as they are
                 features.append(model.features(images))
                 labels.append(targets)
     return Features(torch.cat(features), torch.cat(labels), split.batch_size, split.seed)
@@ -59,10 +59,7 @@ def compute_features(model, split, passes=1):
 
 def train_head(run, model, dataset, args):
     """Stage "head": train the classifier on the features of the frozen network."""
-    print(
-        f"stage head: the features of {len(dataset.train)} images, {FEATURE_PASSES} times each, and of {len(dataset.val)}",
-        flush=True,
-    )
+    print("stage head: computing the features of all images, once", flush=True)
     train, val = compute_features(model, dataset.train, FEATURE_PASSES), compute_features(model, dataset.val)
     head = nn.Sequential(model.dropout, model.classifier)  # (N, 1280) -> (N, classes)
     optimizer = torch.optim.AdamW(parameter_groups(head.parameters(), args.learning_rate, args.weight_decay))
@@ -102,7 +99,7 @@ def train_blocks(run, model, dataset, args):
 
 def main():
     parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune", batch_size=64)
-    data.add_training_options(parser, epochs=10, learning_rate=0.002)
+    data.add_training_options(parser, epochs=10, learning_rate=0.002, weight_decay=0.01)
     parser.add_argument(
         "--checkpoint", default="runs/train/best.pt", help="start: a checkpoint, a torchvision .pth, or imagenet"
     )
@@ -118,8 +115,8 @@ def main():
     if args.image_size:
         preprocessing["image_size"] = args.image_size
     dataset = data.load_data(args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device)
-    model = load_pretrained(start, len(dataset.classes))
-    if len(start["classes"]) == len(dataset.classes) and start["classes"] != dataset.classes:
+    model = load_pretrained(start)
+    if start["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(device, memory_format=torch.channels_last)
     print(

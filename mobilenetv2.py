@@ -44,11 +44,12 @@ BOTTLENECKS = (
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 
-# The network that Table 2 describes halves the image five times: 224 / 32 = 7. A small image would shrink
-# to a single pixel half-way, so an output stride of 16 or 8 turns the first one or two strides of 2 into 1.
+# The network that Table 2 describes halves the image five times: 224 / 32 = 7. An image of 32 pixels would end as a single
+# one, so an output stride of 16 or 8 turns the first one or two strides of 2 into 1. (Segmentation networks, the paper's §6.3
+# among them, drop the last strides instead, and dilate what follows: they want large maps, not large details.)
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output_stride -> how many
 
-# What ImageNet weights of torchvision were trained with (torchvision.models.MobileNet_V2_Weights).
+# What torchvision's ImageNet weights are evaluated with (torchvision.models.MobileNet_V2_Weights).
 IMAGENET_PREPROCESSING = {"image_size": 224, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -74,7 +75,7 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     """Convolution, batch normalisation and, unless `activation` is False, ReLU6: (N, in, H, W) -> (N, out, H/s, W/s).
 
     The convolution has no bias: the normalisation that follows would subtract it again and adds its own.
-    ReLU6 is min(max(x, 0), 6): a bounded range survives low-precision arithmetic (§3.3 of the paper).
+    ReLU6 is min(max(x, 0), 6): a bounded range survives low-precision arithmetic (§4 of the paper).
     """
     layers = OrderedDict(
         conv=nn.Conv2d(
@@ -97,8 +98,8 @@ class InvertedResidual(nn.Module):
 
     Inverted (§3.3): a ResNet's shortcut joins the wide ends of a block that is narrow inside; here it joins the
     narrow ends of a block that is wide inside, so that what must be kept in memory between blocks is small.
-    Linear (§3.2): no activation after the projection. ReLU sets half of its input space to zero; in a space of
-    many channels the information survives in the others, in the few channels of a bottleneck it is lost.
+    Linear (§3.2): no activation after the projection. ReLU sets every negative value to zero: among many
+    channels the others still carry the information, among the few channels of a bottleneck it is lost.
 
     Args: in_channels k, out_channels k', stride s (1 or 2), expansion t. Shape: (N, k, H, W) -> (N, k', H/s, W/s).
     """
@@ -126,14 +127,16 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """The whole network, Table 2 of the paper: stem, 17 inverted residuals, head, pooling, classifier.
 
+    (The text of §4 counts 19 of them; the table's n add up to 17, and so do all implementations.)
+
     Args:
         num_classes: outputs of the classifier.
         width_mult: the width multiplier (§4 of the paper), 0 < width_mult <= 4: scales the channels of every layer,
             except that the head keeps its 1280 below 1.0 ("for multipliers less than one, we apply width multiplier
-            to all layers except the very last convolutional layer", §6.1), since small networks need it most.
+            to all layers except the very last convolutional layer. This improves performance for smaller models", §4).
         dropout: probability in front of the classifier; 0.2 as in torchvision. The paper does not give one.
-        output_stride: 32 (the paper), 16 or 8: image size over size of the last feature map. For images of 32 pixels take
-            8, which leaves 4 × 4. The weights have the same shapes whatever it is.
+        output_stride: 32 (the paper), 16 or 8: image size over size of the last feature map. Of 32 pixels, 16 leaves 2 × 2
+            and 8 leaves 4 × 4, for 3.5 times the multiply-adds. The weights have the same shapes whatever it is.
 
     Shape: (N, 3, S, S) -> (N, num_classes) logits; S is 224 in the paper.
     Raises ValueError for an argument out of its range.
@@ -177,7 +180,7 @@ class MobileNetV2(nn.Module):
         self.apply(initialise)
 
     def features(self, x):
-        """What the network says of an image before the classifier: (N, 3, S, S) -> (N, 1280), pooled, before dropout."""
+        """The feature vector (embedding) of each image: (N, 3, S, S) -> (N, 1280), pooled, before dropout and classifier."""
         x = self.stem(x)  #             (N, 3, 224, 224)  -> (N, 32, 112, 112)
         x = self.blocks(x)  #           (N, 32, 112, 112) -> (N, 320, 7, 7), row by row as beside BOTTLENECKS
         x = self.head(x)  #             (N, 320, 7, 7)    -> (N, 1280, 7, 7)
@@ -207,8 +210,9 @@ def initialise(module):
 
 
 def replace_classifier(model, num_classes):
-    """Give `model` a fresh classifier for `num_classes` classes, on the same device; everything else stays."""
+    """Give `model` a fresh classifier for `num_classes` classes, on the same device, and say so; everything else stays."""
     old = model.classifier
+    print(f"classifier: fresh, for {num_classes} classes (the weights know {old.out_features})")
     model.classifier = nn.Linear(old.in_features, num_classes, device=old.weight.device)
     initialise(model.classifier)
     model.arch["num_classes"] = num_classes
@@ -267,8 +271,8 @@ def check_weights(model, state_dict, source):
     expected = model.state_dict()
     problems = [f"'{key}' is missing" for key in expected if key not in state_dict]
     problems += [f"'{key}' is unexpected" for key in state_dict if key not in expected]
-    for key in expected.keys() & state_dict.keys():
-        needed, given = tuple(expected[key].shape), getattr(state_dict[key], "shape", None)
+    for key in expected:
+        needed, given = tuple(expected[key].shape), getattr(state_dict.get(key, expected[key]), "shape", None)
         if given is None or tuple(given) != needed:
             problems.append(f"'{key}' is {given and tuple(given)} where {needed} is needed")
     if problems:
@@ -396,6 +400,20 @@ def download_imagenet():
     return path
 
 
+def infer_width(weights):
+    """The width multiplier, in hundredths, that gives the channels which `weights` (our names) have.
+
+    Several may, since channels are rounded to multiples of 8: the nearest to what the last projection has of its 320.
+    """
+    blocks = [weights[f"blocks.{index}.project.conv.weight"].shape[0] for index in range(17)]
+    found = [weights["stem.conv.weight"].shape[0], *blocks]
+    rows = [STEM_CHANNELS] + [channels for _, channels, repeats, _ in BOTTLENECKS for _ in range(repeats)]
+    for width in sorted((n / 100 for n in range(1, 401)), key=lambda width: abs(width - blocks[-1] / rows[-1])):
+        if [make_divisible(channels * width) for channels in rows] == found:
+            return width
+    return blocks[-1] / rows[-1]  # none fits; the check of the shapes will say where
+
+
 def read_pretrained(source):
     """Read weights to start from as a checkpoint dict (model, arch, classes, preprocessing, history).
 
@@ -409,8 +427,7 @@ def read_pretrained(source):
         return contents
     weights = from_torchvision(contents)
     try:
-        # The last projection is 320 channels times the width multiplier, and no other layer is needed to tell it.
-        width_mult = weights["blocks.16.project.conv.weight"].shape[0] / BOTTLENECKS[-1][1]
+        width_mult = infer_width(weights)
         num_classes = weights["classifier.weight"].shape[0]
     except (KeyError, AttributeError, IndexError) as error:
         raise CheckpointError(f"'{path}' is not a whole MobileNetV2 in torchvision's names: {error}") from error
@@ -434,7 +451,6 @@ def load_pretrained(source, num_classes=None, output_stride=None):
         arch["output_stride"] = output_stride
     model = build(checkpoint | {"arch": arch}, name)
     if num_classes not in (None, arch["num_classes"]):
-        print(f"classifier: fresh, for {num_classes} classes (the weights know {arch['num_classes']})")
         replace_classifier(model, num_classes)
     return model
 
@@ -445,8 +461,8 @@ def load_pretrained(source, num_classes=None, output_stride=None):
 def count_parameters(model, batch_norm=True):
     """Number of learned parameters; with batch_norm=False those of BatchNorm are left out, as in TensorFlow's tables.
 
-    That is why three numbers are in circulation for width 1.0: 3,504,872 in all, 3.47 million without BatchNorm's,
-    "3.4M" in Table 4 of the paper.
+    Three numbers are in circulation for width 1.0: 3,504,872 in all; 3.47 million without BatchNorm's; and 3.4M, the same
+    cut off, in Table 4 of the paper. (For width 1.4 that table has 6.9M and 585M; the authors' code has 6.06M and 582M, as here.)
     """
     layers = [layer for layer in model.modules() if batch_norm or not isinstance(layer, nn.BatchNorm2d)]
     return sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False))
@@ -500,7 +516,8 @@ def table2(model, image_size):
     for operator, expansion, repeats, prefixes in rows:
         layers = [cost for name, cost in measured.items() if name.startswith(prefixes)]
         source, target = layers[0][0], layers[-1][1]  # (C, H, W), or (C) around the classifier
-        stride = "-" if len(source) == 1 else -(-source[1] // target[1])
+        modules = [module for name, module in model.named_modules() if name.startswith(prefixes)]
+        stride = max((module.stride[0] for module in modules if isinstance(module, nn.Conv2d)), default="-")
         parameters = sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
         macs = sum(layer[2] for layer in layers)
         shapes = ["×".join(map(str, shape)) for shape in (source, target)]

@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL
 import data
 import evaluate
 import finetune
-from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint
+from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint, to_torchvision
 
 SHORT = (*SMALL, "--per-class", "4", "--epochs", "1", "--head-epochs", "2")
 BLOCK_LAYERS = ("stem", *(f"blocks.{index}" for index in range(17)), "head", "classifier")
@@ -40,7 +40,7 @@ def start(tmp_path_factory):
 
 def test_cached_features_are_the_live_ones():
     dataset = data.load_data("digits", per_class=3, batch_size=16)
-    dataset.train.repeats = 1  # per_class has raised it
+    dataset.train.repeats = 2
     model = MobileNetV2(10, 0.35, output_stride=16)
     cached = finetune.compute_features(model, dataset.train)
     images = torch.cat([images for images, _ in dataset.train.batches()])
@@ -48,11 +48,11 @@ def test_cached_features_are_the_live_ones():
         torch.testing.assert_close(cached.features, model.eval().features(images), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.classifier(cached.features), model(images), rtol=1e-4, atol=1e-5)
     assert torch.equal(cached.labels, dataset.train.labels)
-    more = finetune.compute_features(model, dataset.train, passes=3)
-    assert more.features.shape == (90, 1280) and torch.equal(more.features[:30], cached.features)
-    assert torch.bincount(more.labels).tolist() == [9] * 10
-    assert more.steps() == len(list(more.batches(0))) == 6
-    assert sum(len(labels) for _, labels in more.batches(0)) == more.epoch_size() == 90
+    more = finetune.compute_features(model, dataset.train, passes=3)  # 30 as they are, two epochs of 60
+    assert more.features.shape == (150, 1280) and torch.equal(more.features[:30], cached.features)
+    assert torch.bincount(more.labels).tolist() == [15] * 10
+    assert more.steps() == len(list(more.batches(0))) == 10
+    assert sum(len(labels) for _, labels in more.batches(0)) == more.epoch_size() == 150
 
 
 @pytest.mark.parametrize("count", (0, 3, 17))
@@ -139,16 +139,22 @@ def test_as_many_classes_with_other_names_get_a_fresh_classifier(tmp_path, call,
     model = MobileNetV2(10, 0.35)
     save_checkpoint(tmp_path / "letters.pt", model, list("ABCDEFGHIJ"), data.SMALL_PREPROCESSING)
     save_checkpoint(tmp_path / "digits.pt", model, list("0123456789"), data.SMALL_PREPROCESSING)
+    torch.save(to_torchvision(model.state_dict()), tmp_path / "torchvision.pt")
     kept = {}
-    monkeypatch.setattr(finetune, "train_blocks", lambda *_: None)
     scores = dict.fromkeys(("train_loss", "train_top1", "val_loss", "val_top1"), 0.5)
-    monkeypatch.setattr(finetune, "train_head", lambda run, *_: (run.begin("head", 1), run.end_epoch(scores, 1, 1)))
-    for name in ("letters", "digits"):
-        assert call(finetune, *SHORT, "--checkpoint", tmp_path / f"{name}.pt", "--out", tmp_path / name)[0] == 0
+
+    def train_nothing(run, *_):
+        run.begin_stage("head", 1), run.begin_epoch(1, 1), run.end_epoch(scores, 1)
+
+    monkeypatch.setattr(finetune, "train_blocks", lambda *_: None)
+    monkeypatch.setattr(finetune, "train_head", train_nothing)
+    for name in ("letters", "digits", "torchvision"):
+        code, out, _ = call(finetune, *SHORT, "--checkpoint", tmp_path / f"{name}.pt", "--out", tmp_path / name)
         tuned = load_checkpoint(tmp_path / name / "best.pt")[0]
         kept[name] = torch.equal(tuned.classifier.weight, model.classifier.weight)
+        assert code == 0 and kept[name] == ("classifier: fresh" not in out)
         assert torch.equal(tuned.head.conv.weight, model.head.conv.weight)
-    assert kept == {"letters": False, "digits": True}
+    assert kept == {"letters": False, "digits": True, "torchvision": False}
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -1,5 +1,6 @@
 """What the README promises about files and commands."""
 
+import importlib
 import re
 
 import pytest
@@ -19,11 +20,23 @@ def test_ci_runs_the_test_commands_of_the_readme():
     assert lines[start:] == block
 
 
+def test_every_file_that_the_readme_points_to_exists():
+    paths = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', README)
+    paths = [path or source for path, source in paths]
+    local = [path for path in paths if not path.startswith("http")]
+    assert len(local) > 8
+    assert [path for path in local if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"\]\(((?:docs|tests)/[^)#]+|[\w./-]+\.(?:py|txt|npz))\)", README)))
+    "script, default",
+    [("finetune", "runs/train/best.pt"), ("evaluate", "runs/finetune/best.pt"), ("export", "runs/finetune/best.pt")],
 )
-def test_every_file_that_the_readme_points_to_exists(path):
-    assert (ROOT / path).exists()
+def test_each_script_takes_by_default_what_the_one_before_wrote(script, default, call):
+    writer = default.split("/")[1]
+    for name, promised in ((script, default), (writer, f"runs/{writer}")):
+        _, text, _ = call(importlib.import_module(name), "--help")
+        assert f"(default: {promised})" in " ".join(text.split())
 
 
 def test_the_scripts_stay_readable_in_an_evening():

@@ -12,7 +12,6 @@ from torch import nn
 
 import data
 import train
-from data import DataError
 from mobilenetv2 import MobileNetV2, load_checkpoint
 
 
@@ -41,7 +40,7 @@ def test_an_epoch_is_plain_sgd_with_the_rate_of_the_schedule():
     batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(3)]
     optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 0.5, 0.01), lr=0.5)
     steps = []
-    scores = train.train_epoch(model, batches, optimizer, lambda step: 1 / (step + 1), 0.1, steps.append)
+    scores = train.train_epoch(model, batches, optimizer, [1, 1 / 2, 1 / 3], 0.1, steps.append)
 
     losses, right = [], 0
     for step, (inputs, labels) in enumerate(batches):
@@ -60,14 +59,6 @@ def test_an_epoch_is_plain_sgd_with_the_rate_of_the_schedule():
     torch.testing.assert_close(model.bias, twin.bias)
     assert scores == {"train_loss": pytest.approx(sum(losses) / 3), "train_top1": right / 24}
     assert steps == [1, 2, 3]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run():
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 1, 0), lr=1)
-    batches = [(torch.full((4, 2), float("inf")), torch.zeros(4, dtype=torch.long))]
-    with pytest.raises(DataError, match="no longer finite: lower --learning-rate"):
-        train.train_epoch(model, batches, optimizer, lambda step: 1, 0, lambda step: None)
 
 
 def test_a_run_leaves_its_files(trained):
@@ -151,27 +142,34 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_diverges_keeps_the_checkpoints_of_the_epoch_before(trained, tmp_path, call, monkeypatch):
-    real = train.train_epoch
+@pytest.mark.parametrize("broken", ("train_epoch", "score"))
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(broken, tmp_path, call, monkeypatch):
+    real, names = getattr(train, broken), {"train_epoch": "train_loss", "score": "loss"}
 
     def diverge_later(*arguments):
-        if (tmp_path / "last.pt").exists():
-            raise DataError("the loss is no longer finite")
-        return real(*arguments)
+        result = real(*arguments)
+        return result | {names[broken]: math.nan} if (tmp_path / "last.pt").exists() else result
 
-    monkeypatch.setattr(train, "train_epoch", diverge_later)
+    monkeypatch.setattr(train, broken, diverge_later)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
-    assert code == 2 and "no longer finite" in err
-    assert len(load_checkpoint(tmp_path / "last.pt")[1]["history"]) == 1
+    assert code == 2 and "the loss of scratch 2/2 is not finite: lower --learning-rate" in err
+    for name in ("last.pt", "best.pt"):
+        assert len(load_checkpoint(tmp_path / name)[1]["history"]) == 1
 
 
 def test_an_interrupted_run_says_so_and_keeps_its_files(tmp_path, call, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    real = train.predict
 
-    monkeypatch.setattr(train, "predict", interrupt)
+    def interrupt_later(*arguments):
+        if (tmp_path / "last.pt").exists():
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "predict", interrupt_later)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
     assert code == 2 and len(err.splitlines()) == 1 and "interrupted" in err
+    assert len(load_checkpoint(tmp_path / "last.pt")[1]["history"]) == 1
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 2
 
 
 def test_an_output_folder_that_is_a_file_is_named(tmp_path, call):
