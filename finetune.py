@@ -83,9 +83,9 @@ def unfreeze(model, count):
 def train_blocks(run, model, dataset, args):
     """Stage "blocks": train the last blocks, the head and the classifier together, on the images themselves.
 
-    Nothing in front of the first unfrozen block needs a gradient, so none is computed there. BatchNorm stays in eval
-    mode everywhere: its scale and shift are trained, its mean and deviation stay those of the many images that it has seen.
-    A few batches of a small data set would only give worse ones, and throw off what the frozen layers expect.
+    Nothing in front of the first unfrozen block needs a gradient, so none is computed there. BatchNorm is frozen in front of
+    it, too: eval mode keeps the mean and deviation that the next layers expect. In the unfrozen blocks it is in training mode
+    and learns those of the new images, which are blurred digits now and no longer sharp letters.
     """
     backbone, classifier = unfreeze(model, args.unfreeze)
     groups = parameter_groups(backbone.parameters(), BACKBONE_RATE * args.learning_rate, args.weight_decay)
@@ -93,13 +93,13 @@ def train_blocks(run, model, dataset, args):
     print(
         f"stage blocks: the last {args.unfreeze} of {len(model.blocks)} blocks, the head and the classifier", flush=True
     )
-    trained = [model.dropout, classifier]
+    trained = [backbone, model.dropout, classifier]
     fit(run, "blocks", model, trained, dataset.train, dataset.val, torch.optim.AdamW(groups), args, args.epochs)
 
 
 def main():
     parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune", batch_size=64)
-    data.add_training_options(parser, epochs=10, learning_rate=0.002, weight_decay=0.01)
+    data.add_training_options(parser, epochs=15, learning_rate=0.002, weight_decay=0.01)
     parser.add_argument(
         "--checkpoint", default="runs/train/best.pt", help="start: a checkpoint, a torchvision .pth, or imagenet"
     )
