@@ -70,7 +70,7 @@ def load_data(name, preprocessing=None, per_class=None, batch_size=128, workers=
     in_memory = {"glyphs": load_glyphs, "digits": load_digits}
     if name in in_memory:
         own, load = SMALL_PREPROCESSING, in_memory[name]
-    elif Path(name).is_dir():
+    elif str(name) and Path(name).is_dir():
         own, load = PHOTO_PREPROCESSING, lambda common: load_folder(Path(name), common | {"workers": workers})
     else:
         raise DataError(f"'{name}' is neither a data set ({', '.join(in_memory)}) nor a folder: name one with --data")
@@ -544,19 +544,30 @@ def choose_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        if torch.empty(1, device=name).device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("another kind of device")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DataError(f"--device {name} is not to be had here: take auto or cpu") from error
     return name
 
 
 def run(main, *errors):
-    """Call a script's `main`; DataError, OSError and `errors` end in one line on stderr and exit code 2, not in a traceback."""
+    """Call a script's `main`; what a user can mend ends in one line on stderr and exit code 2, not in a traceback.
+
+    These are DataError, OSError, an interrupt, too little memory, and `errors`.
+    """
     try:
         main()
+        return
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; the checkpoints it had written are whole", file=sys.stderr)
-        sys.exit(2)
-    except (DataError, OSError, *errors) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        message = "interrupted; the checkpoints it had written are whole"
+    except (DataError, *errors) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error}: see that this place can be written or read and has space, or name another"
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        message = "not enough memory: lower --batch-size or --image-size"
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

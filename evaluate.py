@@ -9,6 +9,7 @@ divides. The test split is used here, once, at the end; whatever was chosen was 
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -151,7 +152,10 @@ def plot_history(history, path):
     changes = [epoch for epoch in epochs if epoch > 1 and history[epoch - 1]["stage"] != history[epoch - 2]["stage"]]
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
         # Training images are augmented and its loss includes label smoothing: it may well look worse than validation.
-        for part, name, colour in (("train", "training (augmented)", "#8c959f"), ("val", "validation", "#0969da")):
+        for part, name, colour in (
+            ("train", "training (augmented, smoothed labels)", "#8c959f"),
+            ("val", "validation", "#0969da"),
+        ):
             values = [row[f"{part}_{key}"] for row in history]
             axes.plot(epochs, values, marker=".", color=colour, label=name)
         for epoch in changes:
@@ -159,6 +163,7 @@ def plot_history(history, path):
                 epoch - 0.5, color="black", linestyle="--", linewidth=1, label=f"stage: {history[epoch - 1]['stage']}"
             )
         axes.set(xlabel="epoch", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -209,6 +214,7 @@ def main():
     if split_name == "val":
         print(f"note: {args.data} has no test split; this is its validation split, on which the checkpoint was chosen")
 
+    args.out.mkdir(parents=True, exist_ok=True)
     logits, labels = predict(model, split)
     scores = score(logits, labels)
     confusion = confusion_matrix(labels, logits.argmax(dim=1), len(classes))
@@ -217,7 +223,6 @@ def main():
     text += format_report(report, scores, classes)
     print(text)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     metrics = {"checkpoint": str(args.checkpoint), "data": args.data, "split": split_name, "images": len(split)}
     metrics |= scores | {name: report[name] for name in ("macro", "weighted")}
     metrics["per_class"] = dict(zip(classes, report["per_class"], strict=True))
@@ -227,7 +232,7 @@ def main():
     plot_confusion(confusion, classes, args.out / "confusion.png")
     plot_samples(split, logits, classes, args.out / "samples.png")
     print(f"\nwrote metrics.json, report.txt, predictions.csv, confusion.png and samples.png to {args.out}")
-    print(f"next: python export.py --checkpoint {args.checkpoint} --data {args.data}")
+    print(f"next: python export.py --checkpoint {args.checkpoint} --data {shlex.quote(args.data)}")
 
 
 if __name__ == "__main__":

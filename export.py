@@ -9,6 +9,7 @@
 Both take float images (N, 3, S, S), normalised as report.json says, for any N, and give logits (N, classes).
 """
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -17,34 +18,34 @@ import torch
 
 import data
 from evaluate import load_for_evaluation
-from mobilenetv2 import CheckpointError
+from mobilenetv2 import CheckpointError, write_file
 
 TOLERANCE = 1e-4  # of a logit
 BATCH_SIZES = (1, 3, 16)  # each file is tried with all of them: a batch size must not have become a constant
 
 
-def export_torchscript(model, images, path):
+def export_torchscript(model, images, file):
     """Trace the network: record what it does with `images`. Right for a network without branches on its input."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the deprecation is told above
-        torch.jit.trace(model, images).save(path)
+        torch.jit.save(torch.jit.trace(model, images), file)
 
 
-def load_torchscript(path):
+def load_torchscript(file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.jit.load(path)
+        return torch.jit.load(file)
 
 
-def export_pt2(model, images, path):
+def export_pt2(model, images, file):
     """torch.export: the graph of the network, with the size of the batch left open."""
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
+    torch.export.save(program, file)
 
 
-def load_pt2(path):
-    return torch.export.load(path).module()
+def load_pt2(file):
+    return torch.export.load(file).module()
 
 
 FORMATS = {
@@ -77,7 +78,6 @@ def main():
     model = model.to(memory_format=torch.contiguous_format)
     images, _ = next(split.batches())
 
-    args.out.mkdir(parents=True, exist_ok=True)
     report = {
         "checkpoint": str(args.checkpoint),
         "classes": checkpoint["classes"],
@@ -87,21 +87,22 @@ def main():
     }
     failed = []
     for name, (file_name, export, load) in FORMATS.items():
-        path = args.out / file_name
-        # Two images, not one: torch.export takes a size of 1 for a constant.
-        export(model, images[:2], path)
-        result = {"file": file_name, "bytes": path.stat().st_size} | verify(model, load(path), images)
-        print(
-            f"{name:12} {path}  {result['bytes'] / 1e6:.1f} MB  largest difference {result['largest_difference']:.1e}"
-        )
+        # In memory first: what stands in --out is replaced only by what has been verified. Two images, not one:
+        # torch.export takes a size of 1 for a constant.
+        file = io.BytesIO()
+        export(model, images[:2], file)
+        contents = file.getvalue()
+        result = {"file": file_name, "bytes": len(contents)} | verify(model, load(io.BytesIO(contents)), images)
         if result["largest_difference"] < TOLERANCE and result["agreement"] == 1:
+            write_file(args.out / file_name, contents)
             report["formats"][name] = result
         else:
-            path.unlink()
+            (args.out / file_name).unlink(missing_ok=True)  # an older one would be of another network
             failed.append(name)
-    (args.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+        print(f"{name:12} {len(contents) / 1e6:.1f} MB  largest difference {result['largest_difference']:.1e}")
+    write_file(args.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False).encode())
     if failed:
-        raise SystemExit(f"deleted, for they differ from the network: {', '.join(failed)}")
+        raise SystemExit(f"not written, for they differ from the network: {', '.join(failed)}")
     print(f"wrote {', '.join(result['file'] for result in report['formats'].values())} and report.json to {args.out}")
 
 

@@ -8,6 +8,7 @@ last blocks are trained too, more carefully than the classifier. The first layer
 are edges and strokes in any data set, and few labelled images would only spoil them.
 """
 
+import shlex
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +131,7 @@ def main():
     model.load_state_dict(load_checkpoint(args.out / "best.pt")[0].state_dict())
     train_blocks(run, model, dataset, args)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {args.data}")
+    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {shlex.quote(args.data)}")
 
 
 if __name__ == "__main__":

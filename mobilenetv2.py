@@ -17,6 +17,7 @@ import argparse
 import copy
 import hashlib
 import io
+import math
 import os
 import warnings
 from collections import OrderedDict
@@ -272,9 +273,14 @@ def check_weights(model, state_dict, source):
     problems = [f"'{key}' is missing" for key in expected if key not in state_dict]
     problems += [f"'{key}' is unexpected" for key in state_dict if key not in expected]
     for key in expected:
-        needed, given = tuple(expected[key].shape), getattr(state_dict.get(key, expected[key]), "shape", None)
-        if given is None or tuple(given) != needed:
-            problems.append(f"'{key}' is {given and tuple(given)} where {needed} is needed")
+        needed, given = expected[key], state_dict.get(key, expected[key])
+        if not isinstance(given, torch.Tensor) or given.shape != needed.shape:
+            what = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+            problems.append(f"'{key}' is {what} where {tuple(needed.shape)} is needed")
+        elif given.is_floating_point() != needed.is_floating_point():
+            problems.append(f"'{key}' has numbers of type {given.dtype}")
+        elif not given.is_meta and not given.isfinite().all():
+            problems.append(f"'{key}' has numbers that are not finite")
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"'{source}' does not fit the network: {', '.join(problems[:3])}{more}")
@@ -293,7 +299,6 @@ def save_checkpoint(path, model, classes, preprocessing, history=()):
         history: list of dicts, one an epoch.
     Raises OSError when the file cannot be written; a file of that name that was there before is then untouched.
     """
-    path = Path(path)
     checkpoint = {
         "model": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
         "arch": dict(model.arch),
@@ -304,15 +309,21 @@ def save_checkpoint(path, model, classes, preprocessing, history=()):
     # In memory first: the archive's inner names then do not depend on the file's, and equal runs give equal bytes.
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    # Whoever reads `path` finds the old file or the new one, never half of one: os.replace is atomic.
+    write_file(path, buffer.getvalue())
+
+
+def write_file(path, contents):
+    """Write bytes so that whoever reads `path` finds the old file or the new one, never half of one. Raises OSError."""
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    except BaseException:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(contents)
+        os.replace(temporary, path)  # atomic
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say for which file
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_file(path):
@@ -339,6 +350,10 @@ def check_checkpoint(checkpoint, path):
     types = {"model": dict, "arch": dict, "classes": list, "preprocessing": dict, "history": list}
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"'{path}' is not a checkpoint of this project: it holds a {type(checkpoint).__name__}")
+    if "features.0.0.weight" in checkpoint:
+        raise CheckpointError(
+            f"'{path}' has torchvision's names and no classes: fine-tune it with finetune.py --checkpoint"
+        )
     for part, kind in types.items():
         if not isinstance(checkpoint.get(part), kind):
             raise CheckpointError(
@@ -349,10 +364,15 @@ def check_checkpoint(checkpoint, path):
             f"'{path}' contradicts itself: it names {len(checkpoint['classes'])} classes for a network of"
             f" {checkpoint['arch'].get('num_classes')}"
         )
-    if missing := {"image_size", "channels", "mean", "std"} - checkpoint["preprocessing"].keys():
-        raise CheckpointError(
-            f"'{path}' is not a checkpoint of this project: its preprocessing lacks {sorted(missing)}"
-        )
+    preprocessing = checkpoint["preprocessing"]
+    size, statistics = preprocessing.get("image_size"), [preprocessing.get("mean"), preprocessing.get("std")]
+    numbers = [number for three in statistics if isinstance(three, list) for number in three]
+    if (
+        not (isinstance(size, int) and size > 0 and preprocessing.get("channels") in (1, 3) and len(numbers) == 6)
+        or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        or 0 in numbers[3:]
+    ):
+        raise CheckpointError(f"'{path}' lacks a usable preprocessing (image_size, channels, mean, std): make it again")
 
 
 def build(checkpoint, path):

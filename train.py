@@ -13,6 +13,7 @@ weight decay, 4e-5, is the paper's.
 
 import csv
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -200,8 +201,8 @@ def main():
     run = Run(args.out, model, dataset)
     fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args, args.epochs)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {args.data}")
-    print(f"  or: python finetune.py --checkpoint {args.out / 'best.pt'}")
+    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {shlex.quote(args.data)}")
+    print(f"  or: python finetune.py --checkpoint {args.out / 'best.pt'} --data NAME_OR_FOLDER")
 
 
 if __name__ == "__main__":

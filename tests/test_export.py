@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,13 +63,27 @@ def test_verify_sees_a_difference():
 
 
 def test_a_file_that_differs_is_deleted_and_named(trained, tmp_path, call, monkeypatch):
-    wrong = ("wrong.pt", export.export_torchscript, lambda path: lambda images: torch.zeros(len(images), 10))
+    wrong = ("wrong.pt", export.export_torchscript, lambda file: lambda images: torch.zeros(len(images), 10))
     monkeypatch.setattr(export, "FORMATS", {"wrong": wrong})
+    (tmp_path / "wrong.pt").write_bytes(b"of an earlier network")
     code, _, _ = call(export, "--checkpoint", trained / "best.pt", "--out", tmp_path)
-    assert code == "deleted, for they differ from the network: wrong"  # a message as exit code is exit code 1
+    assert code == "not written, for they differ from the network: wrong"  # a message as exit code is exit code 1
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_bad_input_ends_in_one_line(tmp_path, call):
     code, _, err = call(export, "--checkpoint", tmp_path / "nothing.pt", "--out", tmp_path / "out")
     assert code == 2 and len(err.splitlines()) == 1 and "nothing.pt" in err
+
+
+def test_a_full_disk_leaves_the_old_export(trained, tmp_path, call, monkeypatch):
+    (tmp_path / "model.torchscript.pt").write_bytes(b"old")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    code, _, err = call(export, "--checkpoint", trained / "best.pt", "--out", tmp_path)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "No space left on device" in err and "model.torchscript.pt" in err
+    assert (tmp_path / "model.torchscript.pt").read_bytes() == b"old"

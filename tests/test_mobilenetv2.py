@@ -364,14 +364,25 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
             lambda c: c["model"].update({"stem.conv.weight": torch.zeros(2, 3)}),
             r"'stem.conv.weight' is \(2, 3\) where \(16, 3, 3, 3\)",
         ),
-        (lambda c: c["model"].update({"stem.conv.weight": 3}), "'stem.conv.weight' is None"),
+        (lambda c: c["model"].update({"stem.conv.weight": 3}), "'stem.conv.weight' is int where"),
         (lambda c: c["arch"].update(width_mult=1.0), "and [0-9]+ more"),
         (lambda c: c["arch"].update(num_classes=10**12), "names 3 classes for a network of 1000000000000"),
         (lambda c: c["arch"].update(width_mult="many"), "cannot be built"),
         (lambda c: c["arch"].update(hidden=1), "cannot be built"),
         (lambda c: c.pop("classes"), "has no 'classes'"),
         (lambda c: c["classes"].pop(), "names 2 classes"),
-        (lambda c: c["preprocessing"].pop("mean"), "lacks"),
+        (
+            lambda c: c["model"]["stem.conv.weight"].fill_(float("nan")),
+            "'stem.conv.weight' has numbers that are not finite",
+        ),
+        (
+            lambda c: c["model"].update({"head.norm.bias": torch.zeros(1280, dtype=torch.int)}),
+            "numbers of type torch.int32",
+        ),
+        (lambda c: c["preprocessing"].pop("mean"), "lacks a usable preprocessing"),
+        (lambda c: c["preprocessing"].update(mean=[0.5]), "lacks a usable preprocessing"),
+        (lambda c: c["preprocessing"].update(std=[0.5, 0, 0.5]), "lacks a usable preprocessing"),
+        (lambda c: c["preprocessing"].update(image_size="32"), "lacks a usable preprocessing"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, change, message):

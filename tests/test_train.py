@@ -132,6 +132,8 @@ def test_progress_is_one_line_an_epoch_in_a_file(tmp_path, call):
         (("--data", "letters"), "'letters' is neither a data set"),
         (("--device", "cuda:99"), "--device cuda:99 is not to be had here"),
         (("--device", "toaster"), "--device toaster is not to be had here"),
+        (("--device", "meta"), "--device meta is not to be had here"),
+        (("--data", ""), "'' is neither a data set"),
         (("--data", "digits", "--per-class", "5000"), "--per-class 5000"),
     ],
 )
@@ -176,3 +178,12 @@ def test_an_output_folder_that_is_a_file_is_named(tmp_path, call):
     (tmp_path / "file").write_text("")
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path / "file")
     assert code == 2 and len(err.splitlines()) == 1 and str(tmp_path / "file") in err
+
+
+def test_too_little_memory_is_one_line(tmp_path, call, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(train, "train_epoch", refuse)
+    code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
+    assert code == 2 and err == "train.py: not enough memory: lower --batch-size or --image-size\n"
