@@ -520,7 +520,12 @@ def add_device_option(parser):
 def add_training_options(parser, epochs, learning_rate, weight_decay):
     """The options that train.py and finetune.py share, beside those of every script."""
     add_device_option(parser)
-    parser.add_argument("--epochs", type=number(int, 1, 100_000), default=epochs, help="of training on images")
+    parser.add_argument(
+        "--epochs",
+        type=number(int, 1, 100_000),
+        default=epochs,
+        help="passes over the images (finetune.py: in stage blocks)",
+    )
     parser.add_argument("--learning-rate", type=number(float, 0, 100), default=learning_rate, help="at its highest")
     parser.add_argument(
         "--weight-decay", type=number(float, 0, 1), default=weight_decay, help="of weights, not of biases"
