@@ -100,7 +100,7 @@ def train_blocks(run, model, dataset, args):
 
 def main():
     parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune", batch_size=64)
-    data.add_training_options(parser, epochs=15, learning_rate=0.002, weight_decay=0.01)
+    data.add_training_options(parser, epochs=10, learning_rate=0.002, weight_decay=0.01)
     parser.add_argument(
         "--checkpoint", default="runs/train/best.pt", help="start: a checkpoint, a torchvision .pth, or imagenet"
     )
