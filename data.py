@@ -123,7 +123,7 @@ def index_batches(count, batch_size, generator=None):
 
 
 class Split:
-    """What every split has: labels, batch_size and repeats give its sizes."""
+    """What every split has: sizes and order, from its labels, batch_size, seed and repeats."""
 
     def __len__(self):
         return len(self.labels)
@@ -135,6 +135,13 @@ class Split:
     def steps(self):
         """Number of batches in an epoch of training."""
         return len(index_batches(self.epoch_size(), self.batch_size))
+
+    def indices(self, epoch):
+        """Index tensors of the batches: all in order if `epoch` is None, else the epoch's, shuffled and with repeats."""
+        if epoch is None:
+            return index_batches(len(self), self.batch_size)
+        shuffle = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
+        return index_batches(self.epoch_size(), self.batch_size, shuffle)
 
 
 @dataclass
@@ -167,13 +174,12 @@ class ArraySplit(Split):
         """
         size = self.preprocessing["image_size"]
         if epoch is None:
-            for indices in index_batches(len(self), self.batch_size):
+            for indices in self.indices(epoch):
                 images = resize(self.images[indices].to(self.device).float(), size)
                 yield normalise(images, self.preprocessing), self.labels[indices].to(self.device)
             return
-        shuffle = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         generator = torch.Generator(self.device).manual_seed(epoch_seed(self.seed, epoch))
-        for indices in index_batches(self.epoch_size(), self.batch_size, shuffle):
+        for indices in self.indices(epoch):
             indices = indices % len(self)
             images = self.images[indices].to(self.device).float() / 255
             images = distort(images, size, generator) * 255
@@ -400,11 +406,9 @@ class FolderSplit(Split):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
         training = epoch is not None
         seed = epoch_seed(self.seed, epoch) if training else 0
-        shuffle = torch.Generator().manual_seed(seed) if training else None
         transform = photo_transform(self.preprocessing["image_size"], training)
         photos = Photos(self.paths, self.labels.tolist(), transform, self.preprocessing["channels"], seed)
-        count = self.epoch_size() if training else len(self)
-        indices = [batch.tolist() for batch in index_batches(count, self.batch_size, shuffle)]
+        indices = [batch.tolist() for batch in self.indices(epoch)]
         for batch in DataLoader(photos, batch_sampler=indices, num_workers=self.workers, collate_fn=collate):
             if isinstance(batch, DataError):
                 raise batch

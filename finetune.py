@@ -36,8 +36,7 @@ class Features(data.Split):
     repeats: int = 1
 
     def batches(self, epoch=None):
-        shuffle = None if epoch is None else torch.Generator().manual_seed(data.epoch_seed(self.seed, epoch))
-        for indices in data.index_batches(len(self.labels), self.batch_size, shuffle):
+        for indices in self.indices(epoch):
             yield self.features[indices], self.labels[indices]
 
 
@@ -128,7 +127,7 @@ def main():
     run = Run(args.out, model, dataset)
     train_head(run, model, dataset, args)
     # Stage "blocks" starts from the best head, and best.pt is replaced only by something better.
-    model.load_state_dict(load_checkpoint(args.out / "best.pt")[0].state_dict())
+    model.load_state_dict(load_checkpoint(args.out / "best.pt")[1]["model"])
     train_blocks(run, model, dataset, args)
     run.finish()
     print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {shlex.quote(args.data)}")

@@ -543,7 +543,8 @@ def table2(model, image_size):
         shapes = ["×".join(map(str, shape)) for shape in (source, target)]
         text.append(line(operator, *shapes, expansion, target[0], repeats, stride, f"{parameters:,}", f"{macs:,}"))
     total, without = count_parameters(model), count_parameters(model, batch_norm=False)
-    text.append(line("total", "", "", "", "", "", "", f"{total:,}", f"{count_macs(model, image_size):,}"))
+    macs = sum(layer[2] for layer in measured.values())
+    text.append(line("total", "", "", "", "", "", "", f"{total:,}", f"{macs:,}"))
     text.append(f"parameters without BatchNorm's: {without:,}")
     return "\n".join(text)
 
