@@ -1,39 +1,64 @@
-"""Every data set as batches that are ready for the network.
+"""Every data set as batches that are ready for the network, and what the scripts share beside it.
 
 The walk of one image:  file or array -> uint8 (C, H, W) -> augmentation (training only) -> normalisation
 -> float (N, 3, S, S), channels last.
 
-Three sources:
-    glyphs     37 classes of printed letters, drawn here from the fonts that matplotlib carries
-    digits     1,797 handwritten digits of 8 × 8 pixels, in digits.npz beside this file
-    a folder   path/<class>/*.jpg, or path/{train,val,test}/<class>/*.jpg
+    glyphs                           37 classes of printed letters, drawn here from the fonts that matplotlib carries
+    digits                           1,797 handwritten digits of 8 × 8 pixels, in digits.npz beside this file
+    mnist, fashion-mnist, cifar10    60,000 small images each, from --data-dir, or downloaded into it
+    flowers                          3,670 photos of five kinds, likewise
+    a folder                         path/<class>/*.jpg, or path/{train,val,test}/<class>/*.jpg
 
-Small data sets live in memory as one uint8 tensor and are augmented a whole batch at a time (`ArraySplit`); photos
+Small images live in memory as one uint8 tensor and are augmented a whole batch at a time (`ArraySplit`); photos
 stay on the disk and are decoded by worker processes (`FolderSplit`). Both give the same thing: `split.batches()`.
-At the end stands what the scripts share of the command line: common options, and `run`, which turns an error into one line.
+
+    python data.py --data photos                     # classes, counts and channel statistics; pictures of what training sees
+    python data.py --split photos photos-split       # a copy, divided into train, val and test
 """
 
 import argparse
+import gzip
 import hashlib
 import math
+import os
+import shlex
+import shutil
+import struct
 import sys
+import tarfile
+import tempfile
+import unicodedata
+import warnings
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
 import numpy
 import torch
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
+from torchvision import datasets
 from torchvision.transforms import v2
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 
-# What a network is trained with when it does not start from another one that says so itself (its checkpoint).
-# Augmented glyphs have a mean of 0.25 and a deviation of 0.31, digits a little more; photos have ImageNet's statistics.
-SMALL_PREPROCESSING = {"image_size": 32, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
-PHOTO_PREPROCESSING = {"image_size": 224, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+# What a network is trained with when it does not start from another one that says so itself (its checkpoint). Mean and
+# deviation are of pixels in 0..1: of augmented glyphs (digits come near them); of the training images of MNIST,
+# Fashion-MNIST and CIFAR-10 at their own size (`python data.py` measures them); of ImageNet, for all photos.
+SMALL = {"image_size": 32, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
+PREPROCESSING = {
+    "glyphs": SMALL,
+    "digits": SMALL,
+    "mnist": SMALL | {"mean": [0.1307] * 3, "std": [0.3081] * 3},
+    "fashion-mnist": SMALL | {"mean": [0.2860] * 3, "std": [0.3530] * 3},
+    "cifar10": SMALL | {"channels": 3, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]},
+    "flowers": {"image_size": 224, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+}
 
 
 class DataError(ValueError):
@@ -54,28 +79,36 @@ class Data:
     test: "Split | None"
 
 
-def load_data(name, preprocessing=None, per_class=None, batch_size=128, workers=0, seed=0, device="cpu"):
+def load_data(
+    name, preprocessing=None, per_class=None, batch_size=128, workers=0, seed=0, device="cpu", data_dir="datasets"
+):
     """Load a data set by name or by folder.
 
     Args:
-        name: 'glyphs', 'digits' or the path of a folder.
+        name: a key of PREPROCESSING, or the path of a folder.
         preprocessing: dict whose image_size, mean, std and channels replace those of the data set, so that a
             trained network sees images as it learned to; keys that are not given keep the data set's own.
         per_class: keep so many training images of each class, chosen by `seed`.
         workers: processes that decode photos; data sets in memory need none.
         seed: decides order, augmentation and the images of `per_class`; equal seeds give equal batches.
         device: where the batches are made.
+        data_dir: where downloaded data sets lie, or will.
     Returns Data. Raises DataError.
     """
-    in_memory = {"glyphs": load_glyphs, "digits": load_digits}
-    if name in in_memory:
-        own, load = SMALL_PREPROCESSING, in_memory[name]
-    elif str(name) and Path(name).is_dir():
-        own, load = PHOTO_PREPROCESSING, lambda common: load_folder(Path(name), common | {"workers": workers})
+    name, data_dir = str(name), Path(data_dir)
+    preprocessing = PREPROCESSING.get(name, PREPROCESSING["flowers"]) | (preprocessing or {})
+    common = {"preprocessing": preprocessing, "batch_size": batch_size, "seed": seed, "device": device}
+    if name == "glyphs":
+        classes, splits = load_glyphs(common)
+    elif name == "digits":
+        classes, splits = load_digits(common)
+    elif name in PUBLISHED:
+        classes, splits = load_published(name, data_dir, common)
     else:
-        raise DataError(f"'{name}' is neither a data set ({', '.join(in_memory)}) nor a folder: name one with --data")
-    preprocessing = own | (preprocessing or {})
-    classes, splits = load({"preprocessing": preprocessing, "batch_size": batch_size, "seed": seed, "device": device})
+        folder = fetch_flowers(data_dir) if name == "flowers" else Path(name)
+        if not name or not folder.is_dir():
+            raise DataError(f"'{name}' is neither a data set nor a folder: name one ({', '.join(PREPROCESSING)})")
+        classes, splits = load_folder(folder, common | {"workers": workers})
     if per_class is not None:
         few = splits["train"].subset(choose_per_class(splits["train"].labels, per_class, seed))
         # An epoch keeps its size: fewer images are shown more often, and runs with few and many labels take as many steps.
@@ -122,8 +155,20 @@ def index_batches(count, batch_size, generator=None):
     return batches
 
 
+@dataclass(kw_only=True)
 class Split:
-    """What every split has: sizes and order, from its labels, batch_size, seed and repeats."""
+    """Images and their labels int64 (N,), in batches. What `images` is, and `batches`, stands in the classes below.
+
+    repeats is how often an epoch of training shows each image, augmented anew every time.
+    """
+
+    images: object
+    labels: torch.Tensor
+    batch_size: int
+    seed: int
+    preprocessing: dict = None
+    device: str = "cpu"
+    repeats: int = 1
 
     def __len__(self):
         return len(self.labels)
@@ -143,29 +188,24 @@ class Split:
         shuffle = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         return index_batches(self.epoch_size(), self.batch_size, shuffle)
 
+    def subset(self, indices):
+        """The same split with these images only."""
+        indices = indices.numpy()  # paths are a numpy array, which takes a tensor of one index for a number
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
-@dataclass
+
+@dataclass(kw_only=True)
 class ArraySplit(Split):
-    """Images in memory: uint8 (N, C, H, W) with labels int64 (N,).
+    """Images in memory: a tensor uint8 (N, C, H, W).
 
-    repeats is how often an epoch of training shows each image, distorted anew every time.
+    augment(images uint8 (n, C, H, W), size, generator) -> (n, C, size, size) in 0..255: what training does to a batch.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    preprocessing: dict
-    batch_size: int
-    seed: int
-    device: str
-    repeats: int = 1
+    augment: object = None
 
     def name(self, index):
         """What to call image `index` in a report: its number."""
         return str(index)
-
-    def subset(self, indices):
-        """The same split with these images only."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def batches(self, epoch=None):
         """Yield (images float (N, 3, S, S), labels (N,)): in order as they are, or for training, given the epoch's number.
@@ -173,16 +213,12 @@ class ArraySplit(Split):
         Order and augmentation depend on the seed and the epoch alone, not on what ran before.
         """
         size = self.preprocessing["image_size"]
-        if epoch is None:
-            for indices in self.indices(epoch):
-                images = resize(self.images[indices].to(self.device).float(), size)
-                yield normalise(images, self.preprocessing), self.labels[indices].to(self.device)
-            return
-        generator = torch.Generator(self.device).manual_seed(epoch_seed(self.seed, epoch))
+        if epoch is not None:
+            generator = torch.Generator(self.device).manual_seed(epoch_seed(self.seed, epoch))
         for indices in self.indices(epoch):
             indices = indices % len(self)
-            images = self.images[indices].to(self.device).float() / 255
-            images = distort(images, size, generator) * 255
+            images = self.images[indices].to(self.device)
+            images = resize(images, size) if epoch is None else self.augment(images, size, generator)
             yield normalise(images, self.preprocessing), self.labels[indices].to(self.device)
 
 
@@ -192,10 +228,31 @@ def epoch_seed(seed, epoch):
 
 
 def resize(images, size):
-    """(N, C, H, W) -> (N, C, size, size), bilinear."""
+    """(N, C, H, W) of any type -> float (N, C, size, size), bilinear."""
     if images.shape[-2:] == (size, size):
-        return images
-    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        return images.float()
+    return functional.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+
+
+def crop_and_flip(images, size, generator):
+    """Shift each image by up to an eighth of its side over a black border, and mirror every other one.
+
+    For clothes, animals and vehicles; 4 of 32 pixels, as in He et al. (arXiv:1512.03385, §4.2) for CIFAR-10. torchvision's
+    transforms would treat the whole batch alike, or take a Python call an image; here each image has its own random
+    numbers and there is no loop. Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
+    """
+    count, side = len(images), images.shape[-1]
+    border = side // 8
+    windows = (
+        functional.pad(images, [border] * 4).unfold(2, side, 1).unfold(3, side, 1)
+    )  # a view: nothing is copied yet
+    top, left = torch.randint(2 * border + 1, (2, count), generator=generator, device=images.device)
+    images = windows[
+        torch.arange(count, device=images.device), :, top, left
+    ]  # (N, C, 2b+1, 2b+1, H, H) -> (N, C, H, H)
+    mirrored = torch.rand(count, generator=generator, device=images.device) < 0.5
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    return resize(images, size)
 
 
 def distort(images, size, generator):
@@ -205,9 +262,9 @@ def distort(images, size, generator):
     Everything is done on the whole batch at once: no loop, each image has its own random numbers.
     Never a flip: a mirrored letter is another letter, or none.
 
-    Shape: (N, C, H, W) in 0..1, background 0 -> (N, C, size, size) in 0..1.
+    Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
-    count = len(images)
+    images, count = images.float() / 255, len(images)
 
     def uniform(limit, *shape):
         return (2 * torch.rand(count, *shape, generator=generator, device=images.device) - 1) * limit
@@ -241,7 +298,7 @@ def distort(images, size, generator):
     images = images / images.amax(dim=(1, 2, 3), keepdim=True).clamp(min=0.1)  # thin letters are as white as bold ones
 
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    return (images + noise * uniform(0.1, 1, 1, 1)).clamp(0, 1)
+    return (images + noise * uniform(0.1, 1, 1, 1)).clamp(0, 1) * 255
 
 
 # ------------------------------------------------------------------------------- glyphs: letters that cost nothing
@@ -288,13 +345,14 @@ def draw_fonts(names):
 
 def load_glyphs(common):
     """Training letters are distorted anew in every batch; validation and test letters once, with a seed of their own."""
-    splits = {"train": ArraySplit(*draw_fonts(GLYPH_FONTS["train"]), repeats=GLYPH_REPEATS, **common)}
+    images, labels = draw_fonts(GLYPH_FONTS["train"])
+    splits = {"train": ArraySplit(images=images, labels=labels, augment=distort, repeats=GLYPH_REPEATS, **common)}
     for fixed_seed, split in enumerate(("val", "test")):
         images, labels = draw_fonts(GLYPH_FONTS[split])
         images, labels = images.repeat(GLYPH_REPEATS, 1, 1, 1), labels.repeat(GLYPH_REPEATS)
         generator = torch.Generator().manual_seed(fixed_seed)
-        images = distort(images / 255, common["preprocessing"]["image_size"], generator)
-        splits[split] = ArraySplit((images * 255).round().byte(), labels, **common)
+        images = distort(images, common["preprocessing"]["image_size"], generator)
+        splits[split] = ArraySplit(images=images.round().byte(), labels=labels, **common)
     return GLYPH_CLASSES, splits
 
 
@@ -324,197 +382,414 @@ def load_digits(common):
     for digit in range(10):
         validates[((labels == digit) & first_half).nonzero().flatten()[::5]] = True
     parts = {"train": first_half & ~validates, "val": validates, "test": ~first_half}
-    splits = {
-        split: ArraySplit(images[part], labels[part], repeats=DIGITS_REPEATS, **common) for split, part in parts.items()
-    }
+    common = common | {"augment": distort, "repeats": DIGITS_REPEATS}
+    splits = {name: ArraySplit(images=images[part], labels=labels[part], **common) for name, part in parts.items()}
     return [str(digit) for digit in range(10)], splits
+
+
+# ----------------------------------------------------------------------- MNIST, Fashion-MNIST, CIFAR-10: downloaded
+
+# torchvision's class, which knows where to download, and what suits its images in training.
+PUBLISHED = {
+    "mnist": (datasets.MNIST, distort),
+    "fashion-mnist": (datasets.FashionMNIST, crop_and_flip),
+    "cifar10": (datasets.CIFAR10, crop_and_flip),
+}
+IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def load_published(name, data_dir, common):
+    """Data sets with a training and a test part of their own; the last tenth of the training part validates.
+
+    MNIST: LeCun, Bottou, Bengio, Haffner, 1998. Fashion-MNIST: Xiao, Rasul, Vollgraf, arXiv:1708.07747. CIFAR-10:
+    Krizhevsky, 2009. torchvision downloads and verifies them; files that are there already are used as they are.
+    """
+    kind, augment = PUBLISHED[name]
+    try:
+        train, test, classes = read_cifar10(data_dir) if name == "cifar10" else read_mnist(kind, data_dir)
+    except (OSError, RuntimeError) as error:
+        files = kind.url if name == "cifar10" else f"{', '.join(IDX_FILES)} (or these with .gz) from {kind.mirrors[0]}"
+        raise DataError(
+            f"no {name} in '{data_dir}' and no download ({error}): fetch {files} and put it there"
+        ) from error
+    count = max(len(train[1]) // 10, 1)
+    parts = {"train": [part[:-count] for part in train], "val": [part[-count:] for part in train], "test": test}
+    common = common | {"augment": augment}
+    return classes, {name: ArraySplit(images=part[0], labels=part[1], **common) for name, part in parts.items()}
+
+
+def read_cifar10(data_dir):
+    """Training and test part, each (uint8 (N, 3, 32, 32), int64 (N,)), and the classes."""
+    parts = [datasets.CIFAR10(data_dir, train, download=True) for train in (True, False)]
+    arrays = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)) for part in parts]
+    return *arrays, parts[0].classes
+
+
+def read_mnist(kind, data_dir):
+    """Training and test part, each (uint8 (N, 1, 28, 28), int64 (N,)), from data_dir or torchvision's folder in it."""
+
+    def find(file):
+        names = (file, f"{file}.gz", file.replace("-idx", ".idx"))  # unpacked, as published, as on Kaggle
+        paths = [place / name for place in (data_dir / kind.__name__ / "raw", data_dir) for name in names]
+        return next((path for path in paths if path.is_file()), None)
+
+    if not all(map(find, IDX_FILES)):
+        kind(data_dir, download=True)
+    images, labels, test_images, test_labels = [read_idx(find(file)) for file in IDX_FILES]
+    parts = [(images[:, None], labels.long()), (test_images[:, None], test_labels.long())]
+    if any(part[0].shape != (len(part[1]), 1, 28, 28) or part[1].max() > 9 for part in parts):
+        raise DataError(f"the files of {kind.__name__} in '{data_dir}' do not belong together: fetch them again")
+    return *parts, [name.partition(" - ")[0] for name in kind.classes]  # torchvision calls a digit "0 - zero"
+
+
+def read_idx(path):
+    """An array of LeCun's IDX format: two zeros, 8 for uint8, number of dimensions, their sizes (big-endian), bytes."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            contents = file.read()
+        if contents[:3] != b"\0\0\x08":
+            raise ValueError("no IDX file of bytes")
+        start = 4 + 4 * contents[3]
+        shape = struct.unpack(f">{contents[3]}I", contents[4:start])
+        return torch.from_numpy(numpy.frombuffer(contents, numpy.uint8, offset=start).reshape(shape).copy())
+    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
+        raise DataError(f"'{path}' is damaged ({error}): delete it and fetch it again") from error
+
+
+# ------------------------------------------------------------------------------------- flowers: photos, downloaded
+
+# 228,813,984 bytes
+FLOWERS_URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
+FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
+
+
+def fetch_flowers(data_dir):
+    """The folder of TensorFlow's 3,670 flowers below data_dir: unpacked, and before that downloaded, if need be."""
+    folder, archive = data_dir / "flower_photos", data_dir / "flower_photos.tgz"
+    if folder.is_dir():
+        return folder
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if not archive.is_file():
+        try:
+            # Under another name until it is whole: what an interrupt leaves is never taken for the archive.
+            torch.hub.download_url_to_file(FLOWERS_URL, archive, FLOWERS_SHA256)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
+            raise DataError(f"no flowers ({error}): fetch {FLOWERS_URL} and put it at '{archive}'") from error
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != FLOWERS_SHA256:
+        raise DataError(f"'{archive}' is damaged (its SHA-256 is not {FLOWERS_SHA256}): delete it to fetch it again")
+    with new_folder(folder) as unpacked:
+        unpack(archive, unpacked.parent)
+    return folder
+
+
+def unpack(archive, folder):
+    """Unpack the files of a .tgz below `folder`. Raises DataError for a member that would land elsewhere."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            target = (folder / member.name).resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise DataError(f"'{archive}' is not safe: '{member.name}' would leave the folder; fetch it again")
+            if member.isfile():  # a link could lead anywhere, and has no place in a data set
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open(target, "wb") as file:
+                    shutil.copyfileobj(tar.extractfile(member), file)
+
+
+@contextmanager
+def new_folder(target):
+    """Give a folder to fill, which becomes `target` when it is complete, and vanishes if filling it fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
+        yield Path(temporary, target.name)
+        if target.is_dir():
+            target.rmdir()  # an empty one may be there
+        Path(temporary, target.name).replace(target)
 
 
 # -------------------------------------------------------------------------------------------- folders of photos
 
 
-def open_image(path, channels):
-    """Decode one file: a PIL image, upright as the camera meant it, 1 channel or 3. Raises DataError if it cannot be read."""
+def open_image(path, channels, size):
+    """Decode one file: an upright PIL image of 1 channel or 3. Raises DataError if it cannot be read.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves at least twice `size`: a photo of 12
+    megapixels then takes 11 ms instead of 270.
+    """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image.draft("RGB", (2 * size, 2 * size))
+            image = ImageOps.exif_transpose(image)  # phones store how they were held beside the pixels
+            if image.mode.startswith("I"):  # 16 bits: 65535 is white. PIL would cut at 255 instead of scaling.
+                image = Image.fromarray((numpy.asarray(image) / 257).astype(numpy.uint8))
+            if "A" in image.mode or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")  # what is transparent may have any colour
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # a damaged file makes PIL raise almost anything
         raise DataError(f"cannot read the image '{path}' ({error}): repair it or take it out of the folder") from error
 
 
+def find_damage(path):
+    """What is wrong with an image file, or None; quick enough (0.02 ms a JPEG) to ask for every file at the start.
+
+    A JPEG has no checksums: whole is what begins and ends as it must. Of all else PNG's checksums are verified, other
+    formats decoded, and so are JPEGs with something after their end, as some phones write them.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"\xff\xd8":
+                file.seek(-2, 2)
+                if file.read() == b"\xff\xd9":
+                    return None
+        with Image.open(path) as image:
+            image.verify() if image.format == "PNG" else image.load()
+    except Exception as error:
+        return str(error) or type(error).__name__
+
+
 def photo_transform(size, training):
-    """PIL image -> uint8 (C, size, size). Training sees a random part, randomly mirrored; all else the centre.
+    """PIL image -> uint8 (C, size, size). Training sees it tilted, cropped, mirrored and lit at random; all else the centre.
 
     The centre is 224/256 of the shorter side, as is customary for ImageNet.
     """
-    if training:
-        steps = [v2.RandomResizedCrop(size, scale=(0.35, 1)), v2.RandomHorizontalFlip()]
-    else:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    return v2.Compose([*steps, v2.PILToTensor()])
+
+    def centre(image):
+        side = round(min(image.size) * 224 / 256)
+        return v2.functional.resize(v2.functional.center_crop(image, side), [size, size])
+
+    if not training:
+        return v2.Compose([centre, v2.PILToTensor()])
+    view = [v2.RandomRotation(10), v2.RandomResizedCrop(size, scale=(0.35, 1)), v2.RandomHorizontalFlip()]  # 10 degrees
+    return v2.Compose([*view, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2), v2.PILToTensor()])
 
 
-class Photos(torch.utils.data.Dataset):
-    """What a worker process needs in order to turn an index into (uint8 (C, S, S), label)."""
-
-    def __init__(self, paths, labels, transform, channels, seed):
-        self.paths, self.labels, self.transform, self.channels, self.seed = paths, labels, transform, channels, seed
-
-    def __getitem__(self, index):
-        which = index % len(self.paths)  # an epoch with repeats counts further than there are files
-        try:
-            image = open_image(self.paths[which], self.channels)
-        except DataError as error:
-            return error  # raised in the main process, where it is one line; a worker would wrap it in its traceback
-        with torch.random.fork_rng(devices=[]):
-            # A seed for each picture of each epoch: the same picture from any worker, and without workers.
-            torch.manual_seed(epoch_seed(self.seed, index))
-            return self.transform(image), self.labels[which]
-
-
-def collate(samples):
-    """List of (image, label) -> (images uint8 (N, C, S, S), labels (N,)), or the first error among them."""
-    errors = [sample for sample in samples if isinstance(sample, DataError)]
-    if errors:
-        return errors[0]
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels)
-
-
-@dataclass
+@dataclass(kw_only=True)
 class FolderSplit(Split):
-    """Image files with labels int64 (N,), decoded by `workers` processes when they are needed. All else as in ArraySplit."""
+    """Images in files: a numpy array (N,) of their paths, decoded by `workers` processes when they are needed."""
 
-    paths: list
-    labels: torch.Tensor
-    preprocessing: dict
-    batch_size: int
-    seed: int
-    device: str
     workers: int
-    repeats: int = 1
 
     def name(self, index):
         """What to call image `index` in a report: its path."""
-        return str(self.paths[index])
-
-    def subset(self, indices):
-        """The same split with these images only."""
-        return replace(self, paths=[self.paths[index] for index in indices.tolist()], labels=self.labels[indices])
+        return str(self.images[index])
 
     def batches(self, epoch=None):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
-        training = epoch is not None
-        seed = epoch_seed(self.seed, epoch) if training else 0
-        transform = photo_transform(self.preprocessing["image_size"], training)
-        photos = Photos(self.paths, self.labels.tolist(), transform, self.preprocessing["channels"], seed)
-        indices = [batch.tolist() for batch in self.indices(epoch)]
-        for batch in DataLoader(photos, batch_sampler=indices, num_workers=self.workers, collate_fn=collate):
+        seed = None if epoch is None else epoch_seed(self.seed, epoch)
+        work = [(seed, batch.tolist()) for batch in self.indices(epoch)]
+        for batch in DataLoader(self, batch_sampler=work, num_workers=self.workers, collate_fn=default_convert):
             if isinstance(batch, DataError):
                 raise batch
             images, labels = (tensor.to(self.device) for tensor in batch)
-            yield normalise(images.float(), self.preprocessing), labels
+            yield normalise(images, self.preprocessing), labels
+
+    def __getitems__(self, work):
+        """What a worker process does for a batch: (seed of the epoch or None, indices) -> uint8 (N, C, S, S), (N,)."""
+        seed, indices = work
+        size, channels = (self.preprocessing[key] for key in ("image_size", "channels"))
+        transform, images = photo_transform(size, training=seed is not None), []
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for index in indices:
+                    # A seed for each picture of each epoch: the same picture from any worker, and without workers.
+                    torch.default_generator.manual_seed(epoch_seed(seed or 0, index))
+                    images.append(transform(open_image(self.images[index % len(self)], channels, size)))
+        except DataError as error:
+            return error  # raised in the main process, where it is one line; a worker would wrap it in its traceback
+        return torch.stack(images), self.labels[torch.tensor(indices) % len(self)]
 
 
-def list_folder(root):
-    """Classes and image files of root/<class>/...: (sorted class names, sorted paths, labels). Hidden files are passed over."""
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-        if not files:
-            raise DataError(
-                f"no images in '{root / name}': add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
-            )
-        paths += files
-        labels += [label] * len(files)
-    if len(classes) < 2:
+def list_folder(root, damaged):
+    """Classes and image files of root/<class>/...: (sorted class names, sorted paths (N,), labels (N,)).
+
+    Hidden files are passed over, and so is what is no image; images that cannot be read are left out and added to the
+    list `damaged`. Raises DataError for a class without images, and for less than two classes.
+    """
+
+    def is_hidden(path):
+        return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
+
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry)]
+    if len(folders) < 2:
         raise DataError(
-            f"'{root}' has {len(classes)} class folders: put the images of each class in a folder, at least two"
+            f"'{root}' has {len(folders)} class folders: it needs two or more, with the images of a class each"
         )
-    return classes, paths, labels
+    # Some systems write é, or 한, as several characters: normalised, a class has one name on all of them.
+    folders = sorted((unicodedata.normalize("NFC", folder.name), folder) for folder in folders)
+    paths, labels = [], []
+    for label, (_, folder) in enumerate(folders):
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        damages = {path: find_damage(path) for path in files if not is_hidden(path)}
+        whole = [path for path, damage in damages.items() if not damage]
+        if not whole:
+            mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
+            raise DataError(f"no image in '{folder}' can be read (of {len(damages)}): {mend}")
+        damaged += [f"'{path}' ({damage})" for path, damage in damages.items() if damage]
+        paths += whole
+        labels += [label] * len(whole)
+    return [name for name, _ in folders], numpy.array(paths), torch.tensor(labels)
 
 
-def split_folder(root, paths, labels, share=0.2):
-    """Stratified split without a list: in each class the `share` of the files with the smallest hash is for validation.
+def report_damaged(damaged):
+    """One line on stderr for all images that are left out."""
+    if damaged:
+        more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+        print(f"left out {len(damaged)} unreadable images: {', '.join(damaged[:10])}{more}", file=sys.stderr)
+
+
+def split_folder(root, paths, labels, shares=(0.2,), salt=b""):
+    """Stratified split without a list: in each class the files with the smallest hash validate, the next ones test.
 
     The hash of the path below `root` stays when the folder is listed in another order, is moved, or gets more files. It
     does not depend on --seed, so that no script ever validates on what another one trained on.
-    Returns (indices to train, indices to validate).
+    shares: of each class, for each part but the first. Returns for each part, training first, a sorted index tensor.
     """
 
     def rank(index):
-        return hashlib.sha256(paths[index].relative_to(root).as_posix().encode()).digest()
+        return hashlib.sha256(salt + os.fsencode(paths[index].relative_to(root).as_posix())).digest()
 
-    train, val = [], []
-    for label in sorted(set(labels)):
-        indices = sorted((index for index, other in enumerate(labels) if other == label), key=rank)
-        if len(indices) < 2:
-            raise DataError(
-                f"'{paths[indices[0]].parent}' has one image: a class needs at least two, to train and to validate"
-            )
-        count = max(round(len(indices) * share), 1)
-        val += indices[:count]
-        train += indices[count:]
-    return torch.tensor(sorted(train)), torch.tensor(sorted(val))
+    parts = [[] for _ in range(1 + len(shares))]
+    for label in labels.unique():
+        indices = sorted((labels == label).nonzero().flatten().tolist(), key=rank)
+        counts = [max(round(len(indices) * share), 1) if share else 0 for share in shares]
+        if sum(counts) >= len(indices):
+            raise DataError(f"{len(indices)} images in the class of '{paths[indices[0]]}': too few to split, add some")
+        for part, count in zip(parts[1:], counts, strict=True):
+            part += indices[:count]
+            del indices[:count]
+        parts[0] += indices
+    return [torch.tensor(sorted(part), dtype=torch.long) for part in parts]
 
 
 def load_folder(root, common):
-    """Class folders, split into train/val/test folders or not; without, a fifth of each class validates and nothing tests."""
-    if not (root / "train").is_dir():
-        classes, paths, labels = list_folder(root)
-        everything = FolderSplit(paths, torch.tensor(labels), **common)
-        train, val = split_folder(root, paths, labels)
-        return classes, {"train": everything.subset(train), "val": everything.subset(val)}
-    if not (root / "val").is_dir():
-        raise DataError(
-            f"'{root}' has a folder 'train' and none called 'val': add it, or leave the class folders unsplit"
-        )
-    classes, splits = None, {}
-    for split in ("train", "val", "test"):
-        if (root / split).is_dir():
-            found, paths, labels = list_folder(root / split)
-            if classes not in (None, found):
-                difference = ", ".join(sorted(set(classes) ^ set(found)))
-                raise DataError(
-                    f"'{root / split}' and '{root / 'train'}' have different classes: only one has {difference}"
-                )
-            classes, splits[split] = found, FolderSplit(paths, torch.tensor(labels), **common)
+    """Class folders, split into train/val/test folders or not. Without `val`, a fifth of each class of the others validates."""
+    damaged, found = [], {}
+    there = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    for split in there if "train" in there else [""]:
+        found[split or "train"] = list_folder(root / split, damaged)
+    report_damaged(damaged)
+    classes = found["train"][0]
+    for split, (others, _, _) in found.items():
+        if others != classes:
+            difference = ", ".join(sorted(set(classes) ^ set(others)))
+            raise DataError(f"the classes of train and {split} in '{root}' differ: only one has {difference}")
+    splits = {name: FolderSplit(images=paths, labels=labels, **common) for name, (_, paths, labels) in found.items()}
+    if "val" not in splits:
+        everything = splits["train"]
+        train, val = split_folder(root, everything.images, everything.labels)
+        splits |= {"train": everything.subset(train), "val": everything.subset(val)}
     return classes, splits
+
+
+def copy_split(source, target, shares, seed):
+    """Copy class folders into target/{train,val,test}/<class>, stratified; `source` is only read.
+
+    shares: of validation and test. The copy appears when it is complete. Raises DataError.
+    """
+    if not source.is_dir() or (source / "train").is_dir():
+        raise DataError(f"'{source}' is not a folder with one folder a class, still undivided: name such a one")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"'{target}' lies in '{source}', which is only read: name another folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"'{target}' is not empty: name a new folder, or empty it")
+    damaged = []
+    classes, paths, labels = list_folder(source, damaged)
+    report_damaged(damaged)
+    parts = dict(zip(("train", "val", "test"), split_folder(source, paths, labels, shares, b"%d " % seed), strict=True))
+    with new_folder(target) as folder:
+        for part, indices in parts.items():
+            for index in indices.tolist():
+                copy = folder / part / paths[index].relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(paths[index], copy)
+    counts = ", ".join(f"{len(indices)} to {part}" for part, indices in parts.items())
+    print(f"copied {len(paths)} images of {len(classes)} classes: {counts}")
+    print(f"next: python data.py --data {shlex.quote(str(target))}")
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def to_pictures(images, preprocessing):
+    """Undo `normalise` for people: float (N, 3, S, S) -> numpy (N, S, S, 3) in 0..1."""
+    mean, deviation = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (images.cpu() * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def plot_grid(path, title, pictures, names, colours=None, columns=8):
+    """Draw numpy (N, S, S, 3) as a grid, each picture with its name above it."""
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.4), layout="constrained")
+    figure.suptitle(title)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    colours = colours or ["black"] * len(names)
+    for axes, picture, name, colour in zip(figure.axes, pictures, names, colours, strict=False):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(name, color=colour, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def find_fonts(names):
+    """Let matplotlib write class names of any script: add fonts of this computer that have what its own one lacks.
+
+    What no font has is told in one line, with what to install.
+    """
+    own = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    lacking, families, coverage = set(map(ord, "".join(names))) - set(own.get_charmap()), ["DejaVu Sans"], {}
+    fonts = font_manager.findSystemFonts() if lacking else []
+    for path in sorted(fonts, key=lambda path: ("LastResort" in path, "Regular" not in path, path)):
+        try:
+            coverage[path] = lacking & set(font_manager.get_font(path).get_charmap())
+        except (OSError, RuntimeError):
+            pass  # a format that matplotlib does not read
+    for path in sorted(coverage, key=lambda path: -len(coverage[path])):
+        if lacking & coverage[path]:
+            font_manager.fontManager.addfont(path)
+            families.append(font_manager.FontProperties(fname=path).get_name())
+            lacking -= coverage[path]
+    matplotlib.rcParams.update({"font.family": families, "text.parse_math": False})  # a class may be called $5
+    if lacking:
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # this one line is enough
+        print(
+            f"no font here has {''.join(map(chr, sorted(lacking)))}: pictures show boxes instead. Install one, such as Noto"
+            " Sans CJK for Chinese, Japanese and Korean (Debian, Ubuntu: apt install fonts-noto-cjk)",
+            file=sys.stderr,
+        )
 
 
 # -------------------------------------------------------------------------- the command line that the scripts share
 
 
-def number(kind, low, high):
-    """An argparse type: an int or a float (`kind`) from `low` to `high`."""
+def add_number(parser, name, kind, low, high, default, text):
+    """An option whose value is an int or a float (`kind`) from `low` to `high`."""
 
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # lies between no two numbers
+    def parse(argument):
+        value = kind(argument)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"'{text}' is not {'a whole number' if kind is int else 'a number'} from {low} to {high}"
-            )
+            raise argparse.ArgumentTypeError(f"'{argument}' is not from {low} to {high}")
         return value
 
-    return parse
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    parser.add_argument(name, type=parse, default=default, help=text)
 
 
 def command_line(description, data, out, batch_size):
     """A parser with the options that every script has, each named and explained once; the arguments are their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--data", default=data, help="glyphs, digits, or a folder of images")
+    parser.add_argument("--data", default=data, help=f"{', '.join(PREPROCESSING)}, or a folder of images")
+    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where downloads are, or go")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for what the run writes")
-    parser.add_argument("--batch-size", type=number(int, 2, 65536), default=batch_size, help="images a step")
-    parser.add_argument("--workers", type=number(int, 0, 64), default=2, help="processes that decode photos")
+    add_number(parser, "--batch-size", int, 2, 65536, batch_size, "images a step")
+    add_number(parser, "--workers", int, 0, 64, 2, "processes that decode photos")
     return parser
+
+
+def add_image_options(parser):
+    add_number(parser, "--image-size", int, 8, 1024, None, "pixels a side; None: as the data or the checkpoint has it")
+    add_number(parser, "--seed", int, 0, 1_000_000, 0, "equal seeds give equal checkpoints on the CPU")
 
 
 def add_device_option(parser):
@@ -524,28 +799,18 @@ def add_device_option(parser):
 def add_training_options(parser, epochs, learning_rate, weight_decay):
     """The options that train.py and finetune.py share, beside those of every script."""
     add_device_option(parser)
-    parser.add_argument(
-        "--epochs",
-        type=number(int, 1, 100_000),
-        default=epochs,
-        help="passes over the images (finetune.py: in stage blocks)",
-    )
-    parser.add_argument("--learning-rate", type=number(float, 0, 100), default=learning_rate, help="at its highest")
-    parser.add_argument(
-        "--weight-decay", type=number(float, 0, 1), default=weight_decay, help="of weights, not of biases"
-    )
-    parser.add_argument(
-        "--label-smoothing", type=number(float, 0, 1), default=0.1, help="probability that all classes share"
-    )
-    parser.add_argument(
-        "--image-size", type=number(int, 8, 1024), help="pixels a side; None: as the data or the checkpoint has it"
-    )
-    parser.add_argument(
-        "--per-class", type=number(int, 1, 1_000_000), help="train on so many images a class; None: all"
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0, 1_000_000), default=0, help="equal seeds give equal checkpoints on the CPU"
-    )
+    add_image_options(parser)
+    add_number(parser, "--epochs", int, 1, 100_000, epochs, "passes over the images (finetune.py: in stage blocks)")
+    add_number(parser, "--learning-rate", float, 0, 100, learning_rate, "at its highest")
+    add_number(parser, "--weight-decay", float, 0, 1, weight_decay, "of weights, not of biases")
+    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "probability that all classes share")
+    add_number(parser, "--per-class", int, 1, 1_000_000, None, "train on so many images a class; None: all")
+
+
+def data_options(args):
+    """The options that name the data of this run, for the command that comes next."""
+    place = "" if args.data_dir == Path("datasets") else f" --data-dir {shlex.quote(str(args.data_dir))}"
+    return f"--data {shlex.quote(args.data)}{place}"
 
 
 def choose_device(name):
@@ -580,3 +845,65 @@ def run(main, *errors):
         message = "not enough memory: lower --batch-size or --image-size"
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+# -------------------------------------------------------------------------------------------------- the script
+
+
+def channel_statistics(split):
+    """Mean and standard deviation of each channel, of pixels in 0..1: two lists of 3, over the images as they are."""
+    plain = replace(split, preprocessing=split.preprocessing | {"mean": [0.0] * 3, "std": [1.0] * 3})
+    sums = squares = torch.zeros(3, dtype=torch.float64)
+    for images, _ in plain.batches():
+        sums = sums + images.mean(dim=(2, 3)).double().sum(dim=0)  # (N, 3, S, S) -> (3,)
+        squares = squares + images.square().mean(dim=(2, 3)).double().sum(dim=0)
+    mean = sums / len(split)
+    return mean.tolist(), (squares / len(split) - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+def describe(dataset):
+    """Sizes, classes and their numbers of images in each split, and the channels, as text."""
+    splits = {name: getattr(dataset, name) for name in ("train", "val", "test") if getattr(dataset, name)}
+    counts = [torch.bincount(split.labels, minlength=len(dataset.classes)).tolist() for split in splits.values()]
+    width = max(map(len, [*dataset.classes, "total"]))
+    lines = [f"{'':{width}}" + "".join(f"{name:>8}" for name in splits)]
+    for name, *row in [*zip(dataset.classes, *counts, strict=True), ("total", *map(sum, counts))]:
+        lines.append(f"{name:{width}}" + "".join(f"{count:8d}" for count in row))
+    for name, values in zip(("mean", "deviation"), channel_statistics(dataset.train), strict=True):
+        lines.append(f"{name} of the channels, training images: " + " ".join(f"{value:.4f}" for value in values))
+    channels = "grayscale" if dataset.preprocessing["channels"] == 1 else "colour"
+    size = dataset.preprocessing["image_size"]
+    return "\n".join([f"{len(dataset.classes)} classes, {channels}, {size} × {size} pixels", "", *lines])
+
+
+def main():
+    parser = command_line("Show a data set, or divide a folder of photos.", "glyphs", "runs/data", batch_size=256)
+    add_image_options(parser)
+    parser.add_argument("--split", nargs=2, type=Path, metavar=("SOURCE", "TARGET"), help="copy class folders, divided")
+    add_number(parser, "--val", float, 0, 0.9, 0.2, "share of each class for validation, with --split")
+    add_number(parser, "--test", float, 0, 0.9, 0.1, "share of each class for the test, with --split")
+    args = parser.parse_args()
+    if args.split:
+        copy_split(*args.split, (args.val, args.test), args.seed)
+        return
+    preprocessing = {"image_size": args.image_size} if args.image_size else None
+    workers, where = args.workers, args.data_dir
+    dataset = load_data(args.data, preprocessing, None, args.batch_size, workers, args.seed, data_dir=where)
+    print(f"{args.data}: {describe(dataset)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    find_fonts(dataset.classes)
+    some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(args.seed))[:32]
+    images, labels = next(replace(dataset.train.subset(some), batch_size=32).batches())
+    names = [dataset.classes[label] for label in labels]
+    pictures = to_pictures(images, dataset.preprocessing)
+    plot_grid(args.out / "samples.png", f"training images of {args.data}", pictures, names)
+    one = replace(dataset.train.subset(some[:1]), batch_size=9, repeats=9)
+    images = torch.cat([next(one.batches(epoch))[0] for epoch in (None, 0)])  # as it is, then augmented nine times
+    pictures, names = to_pictures(images, dataset.preprocessing), [names[0], *["augmented"] * 9]
+    plot_grid(args.out / "augmented.png", "one image, nine augmentations", pictures, names, columns=5)
+    print(f"wrote samples.png and augmented.png to {args.out}")
+    print(f"next: python train.py {data_options(args)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -9,7 +9,6 @@ divides. The test split is used here, once, at the end; whatever was chosen was 
 
 import csv
 import json
-import shlex
 from pathlib import Path
 
 import torch
@@ -89,9 +88,8 @@ def format_report(report, scores, classes):
     total = sum(row["support"] for row in report["per_class"])
     averages = [(name, report[name] | {"support": total}) for name in ("macro", "weighted")]
     for name, row in [*zip(classes, report["per_class"], strict=True), *averages]:
-        lines.append(
-            f"{name:>{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7d}"
-        )
+        precision, recall, f1, support = row.values()
+        lines.append(f"{name:>{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
     lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
     return "\n".join(lines)
 
@@ -109,9 +107,8 @@ def plot_confusion(confusion, classes, path):
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
-    axes.set(
-        xlabel="predicted", ylabel="true", title=f"{int(confusion.diagonal().sum())} of {int(confusion.sum())} right"
-    )
+    title = f"{int(confusion.diagonal().sum())} of {int(confusion.sum())} right"
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(classes) <= 50:
         longest = max(len(name) for name in classes)
         axes.set_xticks(range(len(classes)), classes, rotation=90 if longest > 2 else 0)
@@ -125,24 +122,15 @@ def plot_confusion(confusion, classes, path):
 def plot_samples(split, logits, classes, path, count=32):
     """A grid of random images, the same ones every time: true class, in red what it was taken for, and the confidence."""
     indices = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count].sort().values
-    images = torch.cat([batch for batch, _ in split.subset(indices).batches()]).cpu()
-    mean, deviation = (torch.tensor(split.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    images = (images * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (N, S, S, 3), back to 0..1
+    images = torch.cat([batch for batch, _ in split.subset(indices).batches()])
     confidences, predictions = logits[indices].softmax(dim=1).max(dim=1)
-
-    columns = 8
-    rows = -(-len(indices) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.4), layout="constrained")
-    figure.suptitle("green: right · red: true → predicted · confidence")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, image, label, guess, confidence in zip(
-        figure.axes, images, split.labels[indices].tolist(), predictions.tolist(), confidences.tolist(), strict=False
-    ):
-        axes.imshow(image.numpy(), interpolation="nearest")
-        names = classes[label] if label == guess else f"{classes[label]} → {classes[guess]}"
-        axes.set_title(f"{names}\n{confidence:.0%}", color=RIGHT if label == guess else WRONG, fontsize=10)
-    figure.savefig(path, dpi=120)
+    names, colours = [], []
+    for label, guess, confidence in zip(split.labels[indices], predictions, confidences, strict=True):
+        name = classes[label] if label == guess else f"{classes[label]} → {classes[guess]}"
+        names.append(f"{name}\n{confidence:.0%}")
+        colours.append(RIGHT if label == guess else WRONG)
+    title = "green: right · red: true → predicted · confidence"
+    data.plot_grid(path, title, data.to_pictures(images, split.preprocessing), names, colours)
 
 
 def plot_history(history, path):
@@ -152,16 +140,11 @@ def plot_history(history, path):
     changes = [epoch for epoch in epochs if epoch > 1 and history[epoch - 1]["stage"] != history[epoch - 2]["stage"]]
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
         # Training images are augmented and its loss includes label smoothing: it may well look worse than validation.
-        for part, name, colour in (
-            ("train", "training (augmented, smoothed labels)", "#8c959f"),
-            ("val", "validation", "#0969da"),
-        ):
-            values = [row[f"{part}_{key}"] for row in history]
-            axes.plot(epochs, values, marker=".", color=colour, label=name)
+        training = [row[f"train_{key}"] for row in history]
+        axes.plot(epochs, training, ".-", color="#8c959f", label="training (augmented, smoothed labels)")
+        axes.plot(epochs, [row[f"val_{key}"] for row in history], ".-", color="#0969da", label="validation")
         for epoch in changes:
-            axes.axvline(
-                epoch - 0.5, color="black", linestyle="--", linewidth=1, label=f"stage: {history[epoch - 1]['stage']}"
-            )
+            axes.axvline(epoch - 0.5, color="black", ls="--", lw=1, label=f"stage: {history[epoch - 1]['stage']}")
         axes.set(xlabel="epoch", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -191,15 +174,13 @@ def load_for_evaluation(args, device):
     Raises CheckpointError or DataError, also when network and data do not have the same classes.
     """
     model, checkpoint = load_checkpoint(args.checkpoint)
-    dataset = data.load_data(
-        args.data, checkpoint["preprocessing"], batch_size=args.batch_size, workers=args.workers, device=device
-    )
+    preprocessing, workers = checkpoint["preprocessing"], args.workers
+    dataset = data.load_data(args.data, preprocessing, None, args.batch_size, workers, 0, device, args.data_dir)
     known, there = checkpoint["classes"], dataset.classes
     if known != there:
-        raise data.DataError(
-            f"'{args.checkpoint}' knows {len(known)} classes ({', '.join(known[:3])}, ...), '{args.data}' has {len(there)}"
-            f" ({', '.join(there[:3])}, ...): name the data it was trained on with --data"
-        )
+        knows, has = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, there))
+        mend = "name the data it was trained on with --data"
+        raise data.DataError(f"'{args.checkpoint}' knows {knows}, '{args.data}' has {has}: {mend}")
     model.to(device, memory_format=torch.channels_last)
     return (model, checkpoint, dataset.test, "test") if dataset.test else (model, checkpoint, dataset.val, "val")
 
@@ -229,10 +210,11 @@ def main():
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False), encoding="utf-8")
     (args.out / "report.txt").write_text(text + "\n", encoding="utf-8")
     write_predictions(args.out / "predictions.csv", split, logits, classes)
+    data.find_fonts(classes)
     plot_confusion(confusion, classes, args.out / "confusion.png")
     plot_samples(split, logits, classes, args.out / "samples.png")
     print(f"\nwrote metrics.json, report.txt, predictions.csv, confusion.png and samples.png to {args.out}")
-    print(f"next: python export.py --checkpoint {args.checkpoint} --data {shlex.quote(args.data)}")
+    print(f"next: python export.py --checkpoint {args.checkpoint} {data.data_options(args)}")
 
 
 if __name__ == "__main__":

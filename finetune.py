@@ -8,9 +8,6 @@ last blocks are trained too, more carefully than the classifier. The first layer
 are edges and strokes in any data set, and few labelled images would only spoil them.
 """
 
-import shlex
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -25,19 +22,12 @@ BACKBONE_RATE = 0.5  # learning rate of the blocks in stage "blocks", as a share
 # gradients, so that one default serves letters and photos alike.
 
 
-@dataclass
 class Features(data.Split):
-    """Feature vectors (N, 1280) of images, with labels (N,): a split like those of data.py."""
-
-    features: torch.Tensor
-    labels: torch.Tensor
-    batch_size: int
-    seed: int
-    repeats: int = 1
+    """A split like those of data.py, with feature vectors (N, 1280) for images."""
 
     def batches(self, epoch=None):
         for indices in self.indices(epoch):
-            yield self.features[indices], self.labels[indices]
+            yield self.images[indices], self.labels[indices]
 
 
 def compute_features(model, split, passes=1):
@@ -54,7 +44,8 @@ def compute_features(model, split, passes=1):
             for images, targets in split.batches(epoch=number if number > 0 else None):  # None: in order, as they are
                 features.append(model.features(images))
                 labels.append(targets)
-    return Features(torch.cat(features), torch.cat(labels), split.batch_size, split.seed)
+    images, labels = torch.cat(features), torch.cat(labels)
+    return Features(images=images, labels=labels, batch_size=split.batch_size, seed=split.seed)
 
 
 def train_head(run, model, dataset, args):
@@ -100,11 +91,10 @@ def train_blocks(run, model, dataset, args):
 def main():
     parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune", batch_size=64)
     data.add_training_options(parser, epochs=10, learning_rate=0.002, weight_decay=0.01)
-    parser.add_argument(
-        "--checkpoint", default="runs/train/best.pt", help="start: a checkpoint, a torchvision .pth, or imagenet"
-    )
-    parser.add_argument("--head-epochs", type=data.number(int, 1, 100_000), default=20, help="epochs of stage head")
-    parser.add_argument("--unfreeze", type=data.number(int, 0, 17), default=14, help="blocks that stage blocks trains")
+    text = "start: a checkpoint, a torchvision .pth, or imagenet"
+    parser.add_argument("--checkpoint", default="runs/train/best.pt", help=text)
+    data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
+    data.add_number(parser, "--unfreeze", int, 0, 17, 14, "blocks that stage blocks trains")
     args = parser.parse_args()
     device = data.choose_device(args.device)
     torch.manual_seed(args.seed)
@@ -114,7 +104,9 @@ def main():
     preprocessing = {key: start["preprocessing"][key] for key in ("image_size", "mean", "std")}
     if args.image_size:
         preprocessing["image_size"] = args.image_size
-    dataset = data.load_data(args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device)
+    dataset = data.load_data(
+        args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device, args.data_dir
+    )
     model = load_pretrained(start)
     if start["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
@@ -130,7 +122,7 @@ def main():
     model.load_state_dict(load_checkpoint(args.out / "best.pt")[1]["model"])
     train_blocks(run, model, dataset, args)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {shlex.quote(args.data)}")
+    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} {data.data_options(args)}")
 
 
 if __name__ == "__main__":

@@ -79,9 +79,7 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     ReLU6 is min(max(x, 0), 6): a bounded range survives low-precision arithmetic (§4 of the paper).
     """
     layers = OrderedDict(
-        conv=nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
-        ),
+        conv=nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
         norm=nn.BatchNorm2d(out_channels),
     )
     if activation:
@@ -152,12 +150,8 @@ class MobileNetV2(nn.Module):
         if output_stride not in STRIDES_DROPPED:
             raise ValueError(f"output_stride is {output_stride}: 32, 16 or 8 is needed")
         # What rebuilds this network; a checkpoint carries it beside the weights.
-        self.arch = {
-            "num_classes": num_classes,
-            "width_mult": width_mult,
-            "dropout": dropout,
-            "output_stride": output_stride,
-        }
+        sizes = {"num_classes": num_classes, "width_mult": width_mult}
+        self.arch = sizes | {"dropout": dropout, "output_stride": output_stride}
 
         strides = [2] + [stride for _, _, _, stride in BOTTLENECKS]  # stem, then the first block of each row
         reductions = [index for index, stride in enumerate(strides) if stride == 2]
@@ -250,9 +244,8 @@ def rename(state_dict, names):
     for key, tensor in state_dict.items():
         layer, _, tensor_name = key.rpartition(".")
         if layer not in names:
-            raise CheckpointError(
-                f"'{key}' is not a weight of MobileNetV2: expected names such as '{next(iter(names))}.weight'"
-            )
+            example = next(iter(names))
+            raise CheckpointError(f"'{key}' is not a weight of MobileNetV2: expected names such as '{example}.weight'")
         renamed[f"{names[layer]}.{tensor_name}"] = tensor
     return renamed
 
@@ -331,9 +324,8 @@ def read_file(path):
     try:
         contents = Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"no checkpoint at '{path}': train one with 'python train.py', or name another with --checkpoint"
-        ) from error
+        mend = "train one with 'python train.py', or name another with --checkpoint"
+        raise CheckpointError(f"no checkpoint at '{path}': {mend}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a strange pickle protocol: the error below says enough
@@ -347,31 +339,25 @@ def read_file(path):
 
 def check_checkpoint(checkpoint, path):
     """Raise CheckpointError unless `checkpoint` has the parts, of the types, that `save_checkpoint` wrote."""
-    types = {"model": dict, "arch": dict, "classes": list, "preprocessing": dict, "history": list}
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"'{path}' is not a checkpoint of this project: it holds a {type(checkpoint).__name__}")
     if "features.0.0.weight" in checkpoint:
-        raise CheckpointError(
-            f"'{path}' has torchvision's names and no classes: fine-tune it with finetune.py --checkpoint"
-        )
-    for part, kind in types.items():
-        if not isinstance(checkpoint.get(part), kind):
-            raise CheckpointError(
-                f"'{path}' is not a checkpoint of this project: it has no '{part}'; train one with 'python train.py'"
-            )
-    if len(checkpoint["classes"]) != checkpoint["arch"].get("num_classes"):
-        raise CheckpointError(
-            f"'{path}' contradicts itself: it names {len(checkpoint['classes'])} classes for a network of"
-            f" {checkpoint['arch'].get('num_classes')}"
-        )
-    preprocessing = checkpoint["preprocessing"]
-    size, statistics = preprocessing.get("image_size"), [preprocessing.get("mean"), preprocessing.get("std")]
-    numbers = [number for three in statistics if isinstance(three, list) for number in three]
-    if (
-        not (isinstance(size, int) and size > 0 and preprocessing.get("channels") in (1, 3) and len(numbers) == 6)
-        or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-        or 0 in numbers[3:]
-    ):
+        raise CheckpointError(f"'{path}' has torchvision's names and no classes: fine-tune it with finetune.py first")
+    types = {"model": dict, "arch": dict, "classes": list, "preprocessing": dict, "history": list}
+    wrong = [part for part, kind in types.items() if not isinstance(checkpoint.get(part), kind)]
+    if wrong:
+        raise CheckpointError(f"'{path}' is not a checkpoint of this project: it has no '{wrong[0]}'; train another")
+    named, known = len(checkpoint["classes"]), checkpoint["arch"].get("num_classes")
+    if named != known:
+        raise CheckpointError(f"'{path}' contradicts itself: it names {named} classes for a network of {known}")
+    mean, deviation = (checkpoint["preprocessing"].get(key) for key in ("mean", "std"))
+    size, channels = (checkpoint["preprocessing"].get(key) for key in ("image_size", "channels"))
+    try:
+        usable = size > 0 and channels in (1, 3) and 0 not in deviation
+        usable = usable and len(mean) == len(deviation) == 3 and all(map(math.isfinite, [size, *mean, *deviation]))
+    except TypeError:
+        usable = False
+    if not usable:
         raise CheckpointError(f"'{path}' lacks a usable preprocessing (image_size, channels, mean, std): make it again")
 
 
@@ -410,13 +396,9 @@ def download_imagenet():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, hash_prefix=digest)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
-            raise CheckpointError(
-                f"cannot download the ImageNet weights ({error}): fetch {url} elsewhere and put it at '{path}'"
-            ) from error
+            raise CheckpointError(f"no ImageNet weights ({error}): fetch {url} and put it at '{path}'") from error
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-        raise CheckpointError(
-            f"'{path}' is damaged, its SHA-256 does not begin with {digest}: delete it to fetch it again"
-        )
+        raise CheckpointError(f"'{path}' is damaged (its SHA-256 is not {digest}...): delete it to fetch it again")
     return path
 
 
@@ -550,24 +532,19 @@ def table2(model, image_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Print Table 2 of the paper with live shapes, parameters and multiply-adds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Print Table 2 with live shapes and costs.", formatter_class=form)
     parser.add_argument("--width", type=float, default=1.0, help="width multiplier")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side")
-    parser.add_argument(
-        "--output-stride", type=int, default=32, choices=sorted(STRIDES_DROPPED), help="8 or 16 for small images"
-    )
+    parser.add_argument("--output-stride", type=int, default=32, choices=(8, 16, 32), help="less for small images")
     parser.error = lambda message: parser.exit(2, f"mobilenetv2.py: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     if args.image_size < 1:
         parser.error(f"--image-size {args.image_size}: at least 1 is needed")
     try:
-        model = MobileNetV2(width_mult=args.width, output_stride=args.output_stride)
+        print(table2(MobileNetV2(width_mult=args.width, output_stride=args.output_stride), args.image_size))
     except ValueError as error:
         parser.error(str(error))
-    print(table2(model, args.image_size))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ weight decay, 4e-5, is the paper's.
 
 import csv
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -122,10 +121,8 @@ class Run:
         Raises DataError, and writes nothing, when a loss is not finite.
         """
         if not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])):
-            raise data.DataError(
-                f"the loss of {self.stage} {self.done + 1}/{self.epochs} is not finite: lower --learning-rate"
-                " (the checkpoints of the epochs before it are kept)"
-            )
+            where = f"{self.stage} {self.done + 1}/{self.epochs}"
+            raise data.DataError(f"the loss of {where} is not finite: lower --learning-rate (what was saved is kept)")
         self.done += 1
         row = {"epoch": len(self.history) + 1, "stage": self.stage} | row
         self.history.append(row)
@@ -179,16 +176,17 @@ def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
 def main():
     parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train", batch_size=64)
     data.add_training_options(parser, epochs=5, learning_rate=0.1, weight_decay=4e-5)
-    parser.add_argument("--width", type=data.number(float, 0.05, 4), default=0.5, help="width multiplier")
-    parser.add_argument(
-        "--output-stride", type=int, choices=(8, 16, 32), default=16, help="32 for photos, less for small images"
-    )
+    data.add_number(parser, "--width", float, 0.05, 4, 0.5, "width multiplier")
+    text = "32 for photos, less for small images"
+    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help=text)
     args = parser.parse_args()
     device = data.choose_device(args.device)
     torch.manual_seed(args.seed)
 
     preprocessing = {"image_size": args.image_size} if args.image_size else None
-    dataset = data.load_data(args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device)
+    dataset = data.load_data(
+        args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device, args.data_dir
+    )
     print(
         f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
         f" images of {dataset.preprocessing['image_size']} pixels, on {device}"
@@ -201,7 +199,7 @@ def main():
     run = Run(args.out, model, dataset)
     fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args, args.epochs)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} --data {shlex.quote(args.data)}")
+    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} {data.data_options(args)}")
     print(f"  or: python finetune.py --checkpoint {args.out / 'best.pt'} --data NAME_OR_FOLDER")
 
 

@@ -1,12 +1,24 @@
 """Data sets, splits, batches, augmentation, and what is said of a folder that cannot be used."""
 
+import gzip
+import hashlib
+import http.server
+import io
 import os
+import pickle
+import struct
+import tarfile
+import threading
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
+import matplotlib
 import numpy
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
 import data
 import mobilenetv2
@@ -122,13 +134,43 @@ def test_a_last_batch_of_one_joins_the_one_before():
 
 
 def test_distortion_keeps_range_and_size_and_treats_each_image_by_itself():
-    images = torch.zeros(64, 1, 48, 48)
-    images[:, :, 12:36, 20:28] = 1
+    images = torch.zeros(64, 1, 48, 48, dtype=torch.uint8)
+    images[:, :, 12:36, 20:28] = 255
     out = data.distort(images, 32, torch.Generator().manual_seed(0))
     assert out.shape == (64, 1, 32, 32)
-    assert out.min() >= 0 and out.max() <= 1
-    assert out.amax(dim=(1, 2, 3)).min() > 0.5  # no picture is lost
+    assert out.min() >= 0 and out.max() <= 255
+    assert out.amax(dim=(1, 2, 3)).min() > 127  # no picture is lost
     assert len(out.flatten(1).unique(dim=0)) == 64
+
+
+def test_crop_and_flip_shifts_and_mirrors_each_image_by_itself():
+    """Of one image there are 9 × 9 shifts and a mirror: every result is one of them, and all kinds come up."""
+    image = torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(image, [4] * 4)[0]
+    possible = {}
+    for top in range(9):
+        for left in range(9):
+            window = padded[:, top : top + 32, left : left + 32]
+            possible[window.numpy().tobytes()] = (top, left, False)
+            possible[window.flip(2).contiguous().numpy().tobytes()] = (top, left, True)
+    out = data.crop_and_flip(image.repeat(400, 1, 1, 1), 32, torch.Generator().manual_seed(0))
+    found = [possible[picture.byte().contiguous().numpy().tobytes()] for picture in out]
+    assert out.dtype == torch.float32
+    for kind in zip(*found, strict=True):
+        assert len(set(kind)) in (9, 2)
+    assert 150 < sum(mirrored for _, _, mirrored in found) < 250
+    assert data.crop_and_flip(image[:, :1, :28, :28], 32, torch.Generator()).shape == (1, 1, 32, 32)
+
+
+def test_letters_digits_and_mnist_are_never_mirrored():
+    """What augments them is `distort`; a mirrored 3 and a mirrored S would be other characters."""
+    assert data.PUBLISHED["mnist"][1] is data.distort
+    assert load_data("digits").train.augment is load_data("glyphs").train.augment is data.distort
+    image = torch.zeros(200, 1, 32, 32, dtype=torch.uint8)
+    image[:, :, 4:28, 6:10] = image[:, :, 4:8, 6:26] = 255  # the upper left corner of a frame
+    out = data.distort(image, 32, torch.Generator().manual_seed(0))
+    left, right = out[..., :16].sum(dim=(1, 2, 3)), out[..., 16:].sum(dim=(1, 2, 3))
+    assert (left > right).float().mean() > 0.9
 
 
 # -------------------------------------------------------------------------------------------------- folders
@@ -155,11 +197,11 @@ def test_a_folder_of_class_folders_is_split_80_20_in_each_class(folder):
     dataset = load_data(folder, {"image_size": 16})
     assert dataset.classes == ["red", "鬱金香"] and dataset.test is None
     assert torch.bincount(dataset.train.labels).tolist() == torch.bincount(dataset.val.labels).mul(4).tolist() == [8, 8]
-    assert not {*dataset.train.paths} & {*dataset.val.paths}
+    assert not {*dataset.train.images} & {*dataset.val.images}
 
 
 def test_the_split_does_not_depend_on_the_listing_the_place_or_the_seed(folder, monkeypatch):
-    validation = [path.relative_to(folder) for path in load_data(folder).val.paths]
+    validation = [path.relative_to(folder) for path in load_data(folder).val.images]
     moved = folder.rename(folder.with_name("moved"))
     real = os.scandir
 
@@ -177,9 +219,9 @@ def test_the_split_does_not_depend_on_the_listing_the_place_or_the_seed(folder, 
             pass
 
     monkeypatch.setattr(os, "scandir", Backwards)
-    assert [path.relative_to(moved) for path in load_data(moved, seed=9).val.paths] == validation
+    assert [path.relative_to(moved) for path in load_data(moved, seed=9).val.images] == validation
     write_image(moved / "red" / "new.jpg", (1, 2, 3))
-    train = {path.relative_to(moved) for path in load_data(moved).train.paths}
+    train = {path.relative_to(moved) for path in load_data(moved).train.images}
     assert len(train & set(validation)) <= 1  # a file more moves at most one over the border
 
 
@@ -192,7 +234,7 @@ def test_split_folders_are_taken_as_they_are(folder, tmp_path):
     dataset = load_data(root, {"image_size": 8})
     assert [len(split) for split in (dataset.train, dataset.val, dataset.test)] == [12, 4, 4]
     write_image(root / "val" / "c" / "x.png", 0, mode="L")
-    with pytest.raises(DataError, match="different classes: only one has c"):
+    with pytest.raises(DataError, match="classes of train and val in .* differ: only one has c"):
         load_data(root)
 
 
@@ -209,10 +251,10 @@ def test_photos_become_batches_whatever_their_mode_and_size(tmp_path):
 
 
 def test_a_photo_is_normalised_with_imagenet_statistics(folder):
-    assert data.PHOTO_PREPROCESSING == mobilenetv2.IMAGENET_PREPROCESSING
+    assert data.PREPROCESSING["flowers"] == mobilenetv2.IMAGENET_PREPROCESSING
     dataset = load_data(folder, {"image_size": 16}, batch_size=32)
     images, labels = next(dataset.val.batches())
-    path = dataset.val.paths[0]
+    path = dataset.val.images[0]
     pixel = torch.tensor(Image.open(path).getpixel((20, 15))) / 255
     expected = (pixel - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(images[0, :, 8, 8], expected, rtol=0.02, atol=0.02)
@@ -230,7 +272,7 @@ def test_a_rotated_camera_is_set_upright(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # rotate by 90° to display
     image.save(tmp_path / "photo.jpg", exif=exif)
-    assert data.open_image(tmp_path / "photo.jpg", 3).size == (20, 40)
+    assert data.open_image(tmp_path / "photo.jpg", 3, 20).size == (20, 40)
 
 
 def test_augmented_photos_are_the_same_with_any_number_of_workers(folder):
@@ -245,7 +287,7 @@ def test_augmented_photos_are_the_same_with_any_number_of_workers(folder):
 
 
 def test_an_unknown_name_is_neither_a_data_set_nor_a_folder():
-    with pytest.raises(DataError, match="'letters' is neither a data set .* nor a folder"):
+    with pytest.raises(DataError, match="'letters' is neither a data set nor a folder"):
         load_data("letters")
 
 
@@ -256,24 +298,458 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(DataError, match="has 1 class folders"):
         load_data(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no images in .*empty"):
+    with pytest.raises(DataError, match="no image in .*empty' can be read .of 0.: add some"):
         load_data(tmp_path)
     write_image(tmp_path / "empty" / "1.png", (0, 0, 0))
-    with pytest.raises(DataError, match="has one image"):
+    with pytest.raises(DataError, match="1 images in the class of '.*1.png': too few to split"):
         load_data(tmp_path)
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match="none called 'val'"):
+    with pytest.raises(DataError, match="train' has 0 class folders"):
+        load_data(tmp_path)
+
+
+DAMAGES = {"truncated": lambda whole: whole[: len(whole) // 2], "text": lambda _: b"hello", "empty": lambda _: b""}
+
+
+@pytest.mark.parametrize("suffix", (".jpg", ".png", ".bmp", ".webp", ".gif"))
+def test_unreadable_images_are_left_out_and_named_in_one_line(tmp_path, suffix, capsys):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=numpy.uint8)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}{suffix}")
+    whole = (tmp_path / "a" / f"0{suffix}").read_bytes()
+    for number, damage in enumerate(DAMAGES.values()):
+        (tmp_path / "a" / f"{number}{suffix}").write_bytes(damage(whole))
+    dataset = load_data(tmp_path, {"image_size": 16})
+    assert len(dataset.train) + len(dataset.val) == 9
+    for split in (dataset.train, dataset.val):
+        assert sum(len(labels) for _, labels in split.batches()) == len(split)
+    error = capsys.readouterr().err
+    assert error.startswith("left out 3 unreadable images: ") and error.count("\n") == 1
+    assert all(f"{number}{suffix}" in error for number in range(3))
+    for path in (tmp_path / "a").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="no image in .*a' can be read .of 6.: add some"):
         load_data(tmp_path)
 
 
 @pytest.mark.parametrize("workers", (0, 1))
-@pytest.mark.parametrize("damage", ("truncated", "text", "empty"))
-def test_an_unreadable_image_is_named(folder, workers, damage):
+def test_an_image_that_only_its_decoding_shows_to_be_damaged_is_named(folder, workers):
     path = folder / "red" / "3.jpg"
-    contents = path.read_bytes()
-    path.write_bytes({"truncated": contents[: len(contents) // 2], "text": b"hello", "empty": b""}[damage])
+    path.write_bytes(b"\xff\xd8 begins and ends like a JPEG \xff\xd9")
     dataset = load_data(folder, {"image_size": 16}, workers=workers)
     with pytest.raises(DataError, match="cannot read the image .*3.jpg") as caught:
         for split in (dataset.train, dataset.val):
             list(split.batches())
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_jpeg_with_something_after_its_end_is_whole(folder):
+    path = folder / "red" / "3.jpg"
+    path.write_bytes(path.read_bytes() + b"a film of two seconds")
+    assert data.find_damage(path) is None
+
+
+def test_sixteen_bits_and_transparency(tmp_path):
+    Image.fromarray(numpy.full((8, 8), 32768, dtype=numpy.uint16)).save(tmp_path / "grey16.png")
+    for channels, value in ((1, 127), (3, (127, 127, 127))):
+        assert data.open_image(tmp_path / "grey16.png", channels, 8).getpixel((0, 0)) == value
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "clear.gif", transparency=1)
+    for name in ("clear.png", "clear.gif"):
+        assert data.open_image(tmp_path / name, 3, 8).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_first_frame_of_a_moving_gif(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    assert data.open_image(tmp_path / "moves.gif", 3, 8).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    rows, columns = numpy.mgrid[0:1600, 0:2000]
+    pixels = numpy.stack([rows // 8, columns // 8, (rows + columns) // 16], axis=2).astype(numpy.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=95)
+    small, large = (data.open_image(tmp_path / "large.jpg", 3, size) for size in (100, 1600))
+    assert small.size == (250, 200) and large.size == (2000, 1600)
+    views = [data.photo_transform(100, training=False)(image).float() for image in (small, large)]
+    assert (views[0] - views[1]).abs().max() <= 4
+
+
+def test_an_image_a_pixel_wide_is_no_trap(tmp_path):
+    image = Image.new("RGB", (1, 5000), "white")
+    for training in (False, True):
+        assert data.photo_transform(32, training)(image).shape == (3, 32, 32)
+
+
+def test_photos_are_seen_through_the_middle():
+    image = Image.new("RGB", (64, 96), "black")
+    image.paste("white", (4, 20, 60, 76))  # the centre, 56 = 64 · 224 / 256
+    assert (data.photo_transform(32, training=False)(image) == 255).all()
+
+
+def test_a_class_has_one_name_however_it_is_written(folder):
+    (folder / "red").rename(folder / "cafe\u0301")  # e and an accent, as macOS writes it
+    assert load_data(folder).classes == ["caf\u00e9", "鬱金香"]
+
+
+def test_train_and_test_without_validation(folder, tmp_path):
+    root = tmp_path / "parted"
+    root.mkdir()
+    folder.rename(root / "train")
+    for name in ("red", "鬱金香"):
+        write_image(root / "test" / name / "1.png", (1, 2, 3))
+    dataset = load_data(root, {"image_size": 16})
+    assert [len(split) for split in (dataset.train, dataset.val, dataset.test)] == [16, 4, 2]
+
+
+# ------------------------------------------------------------------------------ MNIST, Fashion-MNIST, CIFAR-10
+
+
+def idx(array):
+    """An array in LeCun's format."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(numpy.uint8).tobytes()
+
+
+@pytest.fixture
+def idx_files():
+    """{name: contents} of a data set of 100 training and 20 test images, each a number's worth of grey."""
+    files = {}
+    for part, count in (("train", 100), ("t10k", 20)):
+        labels = numpy.arange(count) % 10
+        files[f"{part}-images-idx3-ubyte"] = idx(numpy.ones((count, 28, 28)) * 25 * labels[:, None, None])
+        files[f"{part}-labels-idx1-ubyte"] = idx(labels)
+    return files
+
+
+@pytest.mark.parametrize("layout", ("{}", "{}.gz", "FashionMNIST/raw/{}", "FashionMNIST/raw/{}.gz", "kaggle"))
+def test_idx_files_are_used_where_they_lie(tmp_path, idx_files, layout):
+    for name, contents in idx_files.items():
+        path = tmp_path / (name.replace("-idx", ".idx") if layout == "kaggle" else layout.format(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(contents) if path.suffix == ".gz" else contents)
+    dataset = load_data("fashion-mnist", data_dir=tmp_path, batch_size=30)
+    assert dataset.classes[0] == "T-shirt/top" and len(dataset.classes) == 10
+    assert [len(split) for split in (dataset.train, dataset.val, dataset.test)] == [90, 10, 20]
+    assert torch.equal(dataset.val.labels, torch.arange(90, 100) % 10)
+    for split in (dataset.train, dataset.val, dataset.test):
+        assert torch.equal(split.images[:, 0, 5, 5].long(), split.labels * 25)
+    for epoch in (None, 0):
+        images, _ = next(dataset.train.batches(epoch))
+        assert images.shape == (30, 3, 32, 32)
+
+
+def test_mnist_has_the_classes_of_digits(tmp_path, idx_files):
+    for name, contents in idx_files.items():
+        (tmp_path / name).write_bytes(contents)
+    dataset = load_data("mnist", data_dir=tmp_path)
+    assert dataset.classes == load_data("digits").classes
+    assert dataset.preprocessing["mean"] == [0.1307] * 3
+
+
+@pytest.mark.parametrize("damage", ("short", "text", "gzip", "other labels"))
+def test_damaged_idx_files_are_named(tmp_path, idx_files, damage):
+    name = "train-images-idx3-ubyte"
+    for other, contents in idx_files.items():
+        (tmp_path / other).write_bytes(contents)
+    contents = idx_files[name]
+    if damage == "gzip":
+        (tmp_path / name).rename(tmp_path / f"{name}.gz")
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(contents)[:-20])
+    elif damage == "other labels":
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_files["t10k-labels-idx1-ubyte"])
+    else:
+        (tmp_path / name).write_bytes(contents[:1000] if damage == "short" else b"hello")
+    expected = "do not belong together" if damage == "other labels" else f"{name}.*' is damaged .*: delete it"
+    with pytest.raises(DataError, match=expected):
+        load_data("mnist", data_dir=tmp_path)
+
+
+@pytest.fixture
+def mirror(tmp_path, idx_files, monkeypatch):
+    """A folder that a server on this computer offers as torchvision's MNIST."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    resources = []
+    for name, contents in idx_files.items():
+        packed = gzip.compress(contents)
+        (folder / f"{name}.gz").write_bytes(packed)
+        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(datasets.MNIST, "resources", resources)
+        yield folder
+        server.shutdown()
+
+
+def test_mnist_is_downloaded_once(tmp_path, mirror):
+    assert len(load_data("mnist", data_dir=tmp_path / "here").test) == 20
+    for path in mirror.iterdir():
+        path.unlink()
+    assert len(load_data("mnist", data_dir=tmp_path / "here").test) == 20
+
+
+def test_a_download_that_is_not_what_was_asked_for_is_refused(tmp_path, mirror):
+    (mirror / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(DataError, match="(?s)no mnist in .* fetch train-images"):
+        load_data("mnist", data_dir=tmp_path / "here")
+
+
+@pytest.mark.parametrize("name", ("mnist", "fashion-mnist", "cifar10", "flowers"))
+def test_without_network_and_files_it_is_said_what_to_fetch(tmp_path, name):
+    where = {"cifar10": "https://www.cs.toronto.edu", "flowers": "https://storage.googleapis.com"}.get(
+        name, "http.*mnist"
+    )
+    with pytest.raises(DataError, match=f"(?s)no {name}.*fetch .*{where}.* put it") as caught:
+        load_data(name, data_dir=tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in str(caught.value)
+
+
+def test_cifar10_in_torchvision_layout(tmp_path, monkeypatch):
+    """Ten images in each of its six files, whose checksums torchvision verifies; the files are pickles, as published."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    sums = {}
+    for name in (
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+        "batches.meta",
+    ):
+        batch = {
+            "data": numpy.repeat(numpy.arange(10, dtype=numpy.uint8), 3072).reshape(10, 3072),
+            "labels": [*range(10)],
+        }
+        batch["data"][:, 0] = 255  # red, upper left
+        contents = pickle.dumps({"label_names": classes} if name == "batches.meta" else batch)
+        (folder / name).write_bytes(contents)
+        sums[name] = hashlib.md5(contents).hexdigest()
+    lists = [[name, checksum] for name, checksum in sums.items()]
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[:5])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[5:6])
+    monkeypatch.setattr(
+        datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": lists[6][1]}
+    )
+    dataset = load_data("cifar10", data_dir=tmp_path)
+    assert dataset.classes == classes
+    assert [len(split) for split in (dataset.train, dataset.val, dataset.test)] == [45, 5, 10]
+    assert torch.equal(dataset.test.images[:, 1, 9, 9].long(), dataset.test.labels)
+    assert (dataset.test.images[:, 0, 0, 0] == 255).all() and (dataset.test.images[:, 2, 0, 0] < 10).all()
+    assert next(dataset.train.batches(0))[0].shape == (45, 3, 32, 32)
+
+
+# ------------------------------------------------------------------------------------------------------ flowers
+
+
+def make_archive(path, members):
+    """A .tgz with files {name: contents}; returns its SHA-256."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, contents in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def garden(tmp_path, monkeypatch):
+    """A flower archive on a server that is a folder: returns (archive, data_dir)."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(buffer, "JPEG")
+    members = {f"flower_photos/{kind}/{n}.jpg": buffer.getvalue() for kind in ("daisy", "tulips") for n in range(5)}
+    archive = tmp_path / "server.tgz"
+    digest = make_archive(archive, members | {"flower_photos/LICENSE.txt": b"CC BY"})
+    monkeypatch.setattr(data, "FLOWERS_URL", archive.as_uri())
+    monkeypatch.setattr(data, "FLOWERS_SHA256", digest)
+    return archive, tmp_path / "here"
+
+
+def test_flowers_are_downloaded_verified_and_unpacked_once(garden):
+    archive, data_dir = garden
+    dataset = load_data("flowers", {"image_size": 16}, data_dir=data_dir)
+    assert dataset.classes == ["daisy", "tulips"] and len(dataset.train) == 8 and dataset.test is None
+    assert sorted(path.name for path in data_dir.iterdir()) == ["flower_photos", "flower_photos.tgz"]
+    archive.unlink()
+    assert len(load_data("flowers", data_dir=data_dir).val) == 2
+
+
+def test_an_archive_that_was_put_there_is_used(garden, monkeypatch):
+    archive, data_dir = garden
+    data_dir.mkdir()
+    archive.rename(data_dir / "flower_photos.tgz")
+    assert len(load_data("flowers", data_dir=data_dir).train) == 8
+
+
+def test_half_an_archive_is_not_taken_for_a_whole_one(garden):
+    archive, data_dir = garden
+    half = archive.read_bytes()[:100]
+    archive.write_bytes(half)  # the connection breaks off
+    with pytest.raises(DataError, match="no flowers .*invalid hash.*: fetch file:.* and put it at"):
+        load_data("flowers", data_dir=data_dir)
+    assert list(data_dir.iterdir()) == []
+    (data_dir / "flower_photos.tgz").write_bytes(half)  # another program's half
+    with pytest.raises(DataError, match="flower_photos.tgz' is damaged .*: delete it"):
+        load_data("flowers", data_dir=data_dir)
+
+
+@pytest.mark.parametrize("name", ("../evil.txt", "flower_photos/../../evil.txt", "/tmp/evil-flower.txt"))
+def test_no_member_of_an_archive_leaves_the_folder(garden, name, monkeypatch):
+    archive, data_dir = garden
+    monkeypatch.setattr(data, "FLOWERS_SHA256", make_archive(archive, {"flower_photos/a/1.jpg": b"", name: b"evil"}))
+    with pytest.raises(DataError, match="not safe: '.*evil.*' would leave"):
+        load_data("flowers", data_dir=data_dir)
+    assert [path.name for path in data_dir.iterdir()] == ["flower_photos.tgz"]
+    assert not list(archive.parent.rglob("evil*")) and not os.path.exists("/tmp/evil-flower.txt")
+
+
+def test_a_link_in_an_archive_is_not_followed(garden, monkeypatch, tmp_path):
+    archive, data_dir = garden
+    (tmp_path / "outside").mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        link = tarfile.TarInfo("flower_photos/a")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "outside")
+        tar.addfile(link)
+        member = tarfile.TarInfo("flower_photos/a/1.jpg")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    monkeypatch.setattr(data, "FLOWERS_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    with pytest.raises(DataError):  # one class, with an image that is none
+        load_data("flowers", data_dir=data_dir)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------- python data.py
+
+
+@pytest.mark.parametrize("name", ("glyphs", "digits", "folder"))
+def test_the_script_describes_a_data_set_and_draws_it(name, folder, tmp_path, call, monkeypatch):
+    grids = []
+    monkeypatch.setattr(data.Figure, "savefig", lambda figure, path, dpi: grids.append((path.name, figure)))
+    source = folder if name == "folder" else name
+    code, text, _ = call(data, "--data", source, "--image-size", 24, "--out", tmp_path / "out", "--workers", 0)
+    assert code == 0
+    dataset = load_data(source, {"image_size": 24})
+    assert f"{len(dataset.classes)} classes" in text and "24 × 24 pixels" in text
+    images = torch.cat([images for images, _ in dataset.train.batches()])
+    mean, deviation = (torch.tensor(dataset.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = (images * deviation + mean).permute(1, 0, 2, 3).flatten(1)
+    for line, values in (("mean", images.mean(dim=1)), ("deviation", images.std(dim=1))):
+        printed = next(row for row in text.splitlines() if row.startswith(line)).split()[-3:]
+        assert [float(number) for number in printed] == pytest.approx(values.tolist(), abs=2e-4)
+    totals = next(row for row in text.splitlines() if row.startswith("total")).split()[1:]
+    sizes = [len(split) for split in (dataset.train, dataset.val, dataset.test) if split]
+    assert [int(number) for number in totals] == sizes
+    (samples, grid), (augmented, ten) = grids
+    assert (samples, augmented) == ("samples.png", "augmented.png")
+    titles = [axes.get_title() for axes in grid.axes if axes.get_title()]
+    assert len(titles) == min(32, len(dataset.train)) and set(titles) <= set(dataset.classes)
+    shown = [axes.images[0].get_array() for axes in ten.axes]
+    assert len(shown) == 10 and [axes.get_title() for axes in ten.axes].count("augmented") == 9
+    assert len({picture.tobytes() for picture in shown}) == 10
+
+
+def tree(root):
+    return {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_split_copies_every_image_into_one_part_of_its_class(folder, tmp_path, call):
+    before, target = tree(folder), tmp_path / "new" / "parted"
+    code, text, _ = call(data, "--split", folder, target, "--val", 0.2, "--test", 0.1)
+    assert code == 0 and "14 to train, 4 to val, 2 to test" in text
+    assert tree(folder) == before
+    parts = {part: tree(target / part) for part in ("train", "val", "test")}
+    for part, count in (("train", 7), ("val", 2), ("test", 1)):
+        assert [sum(path.parts[0] == name for path in parts[part]) for name in ("red", "鬱金香")] == [count, count]
+    together = {path: contents for part in parts.values() for path, contents in part.items()}
+    images = {path for path in before if path.suffix in (".jpg", ".PNG") and not path.name.startswith(".")}
+    assert together == {path: before[path] for path in images}
+    assert len(load_data(target).test) == 2
+    assert [path.name for path in target.parent.iterdir()] == ["parted"]
+
+
+def test_split_depends_on_the_seed_only(folder, tmp_path, call):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert call(data, "--split", folder, tmp_path / name, "--seed", seed)[0] == 0
+    first, second, third = (set(tree(tmp_path / name)) for name in "abc")
+    assert first == second and first != third
+
+
+def test_split_without_a_test_part(folder, tmp_path, call):
+    assert call(data, "--split", folder, tmp_path / "out", "--test", 0)[0] == 0
+    assert not (tmp_path / "out" / "test").exists() and load_data(tmp_path / "out").test is None
+
+
+def test_split_refuses_what_would_harm(folder, tmp_path, call, monkeypatch):
+    before = tree(folder)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    for target, reason in ((tmp_path / "full", "not empty"), (folder / "parted", "only read"), (folder, "only read")):
+        code, _, error = call(data, "--split", folder, target)
+        assert code == 2 and reason in error and error.count("\n") == 1
+    for shares in (("--val", 0.9, "--test", 0.9), ("--val", 0.5, "--test", 0.5)):
+        code, _, error = call(data, "--split", folder, tmp_path / "out", *shares)
+        assert code == 2 and "too few to split" in error
+    code, _, error = call(data, "--split", tmp_path / "nowhere", tmp_path / "out")
+    assert code == 2 and "is not a folder" in error
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.shutil, "copy2", full_disk)
+    code, _, error = call(data, "--split", folder, tmp_path / "out")
+    assert code == 2 and "No space left" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "photos"] and tree(folder) == before
+
+
+# -------------------------------------------------------------------------------------------------- class names
+
+
+def test_fonts_are_found_for_every_script_or_their_lack_is_told_once(monkeypatch, capsys):
+    """Of two 'installed' fonts the one that has more of the missing letters comes first, then the other."""
+    has = {"/fonts/few.ttf": "鬱", "/fonts/most.ttf": "鬱金香", "/fonts/hangul.ttf": "한", "/fonts/bitmap.pcf": None}
+    added, real = [], data.font_manager
+
+    class Font:
+        def __init__(self, letters):
+            self.letters = letters
+
+        def get_charmap(self):
+            return {ord(letter): 1 for letter in self.letters}
+
+    def get_font(path):
+        if path not in has:
+            return real.get_font(path)
+        if has[path] is None:
+            raise RuntimeError("cannot be scaled")
+        return Font(has[path])
+
+    manager = SimpleNamespace(findSystemFonts=lambda: [*has], findfont=real.findfont, get_font=get_font)
+    manager.fontManager = SimpleNamespace(addfont=added.append)
+    manager.FontProperties = lambda fname: SimpleNamespace(get_name=lambda: fname[7:-4])
+    monkeypatch.setattr(data, "font_manager", manager)
+    with matplotlib.rc_context():
+        data.find_fonts(["rose", "鬱金香", "한"])
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "most", "hangul"]
+        assert capsys.readouterr().err == "" and added == ["/fonts/most.ttf", "/fonts/hangul.ttf"]
+        data.find_fonts(["鬱ก"])
+        error = capsys.readouterr().err
+        assert "no font here has ก" in error and "Noto" in error and error.count("\n") == 1
+        data.find_fonts(["Füße", "naïve"])
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans"] and capsys.readouterr().err == ""
+
+
+def test_a_picture_whose_class_names_look_like_formulas(tmp_path):
+    with matplotlib.rc_context():
+        names = ["$5$", "a_b^", "$x"]
+        data.find_fonts(names)
+        data.plot_grid(tmp_path / "grid.png", "$", numpy.zeros((3, 8, 8, 3)), names)
+    assert Image.open(tmp_path / "grid.png").size[0] > 500

@@ -150,7 +150,7 @@ def test_the_pictures_have_the_right_cells_and_names(trained, tmp_path, monkeypa
 def test_a_checkpoint_of_other_classes_is_refused_with_both_named(trained, tmp_path, call):
     code, _, err = call(evaluate, "--checkpoint", trained / "best.pt", "--data", "glyphs", "--out", tmp_path)
     assert code == 2 and len(err.splitlines()) == 1
-    assert "knows 10 classes (0, 1, 2, ...)" in err and "has 37 (A, B, C, ...)" in err
+    assert "knows 10 classes (0, 1, 2, ...)" in err and "has 37 classes (A, B, C, ...)" in err
 
 
 @pytest.mark.parametrize("kind", ("missing", "truncated", "other", "torchvision"))

@@ -462,15 +462,13 @@ def test_imagenet_weights_are_fetched_once_and_verified(imagenet, tmp_path):
 
 def test_imagenet_weights_with_a_wrong_hash_are_not_kept(imagenet, tmp_path):
     imagenet.write_bytes(imagenet.read_bytes() + b"!")
-    with pytest.raises(CheckpointError, match="cannot download .*invalid hash"):
+    with pytest.raises(CheckpointError, match="no ImageNet weights .*invalid hash"):
         load_pretrained("imagenet", num_classes=6)
     assert not list((tmp_path / "home" / "hub" / "checkpoints").iterdir())
 
 
 def test_imagenet_without_a_network_names_the_file_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(
-        CheckpointError, match=r"fetch https://.*/mobilenet_v2-7ebf99e0.pth elsewhere and put it at"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"fetch https://.*/mobilenet_v2-7ebf99e0.pth and put it at") as caught:
         load_pretrained("imagenet", num_classes=6)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -98,8 +98,9 @@ def test_training_learns(tmp_path):
     for index, position in enumerate(torch.randint(3, 11, (64,)).tolist()):
         bar = images[index, 0] if index % 2 else images[index, 0].T
         bar[position : position + 3, 2:14] = 255
-    preprocessing = data.SMALL_PREPROCESSING | {"image_size": 16}
-    split = data.ArraySplit(images, torch.arange(64) % 2, preprocessing, 16, 0, "cpu", repeats=4)
+    preprocessing = data.SMALL | {"image_size": 16}
+    common = {"batch_size": 16, "seed": 0, "preprocessing": preprocessing, "augment": data.distort}
+    split = data.ArraySplit(images=images, labels=torch.arange(64) % 2, repeats=4, **common)
     dataset = data.Data(["stands", "lies"], preprocessing, split, split, None)
     model = MobileNetV2(2, 0.35, output_stride=8).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 0.02, 4e-5), momentum=0.9)
@@ -121,12 +122,12 @@ def test_progress_is_one_line_an_epoch_in_a_file(tmp_path, call):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--epochs", "-1"), "'-1' is not a whole number from 1"),
-        (("--epochs", "many"), "'many' is not a whole number"),
-        (("--batch-size", "1"), "'1' is not a whole number from 2"),
-        (("--learning-rate", "nan"), "'nan' is not a number from 0"),
-        (("--width", "1000"), "'1000' is not a number"),
-        (("--image-size", "1000000"), "is not a whole number"),
+        (("--epochs", "-1"), "'-1' is not from 1 to"),
+        (("--epochs", "many"), "invalid int value: 'many'"),
+        (("--batch-size", "1"), "'1' is not from 2 to"),
+        (("--learning-rate", "nan"), "'nan' is not from 0"),
+        (("--width", "1000"), "'1000' is not from 0.05 to 4"),
+        (("--image-size", "1000000"), "'1000000' is not from 8 to 1024"),
         (("--output-stride", "5"), "invalid choice"),
         (("--surprise", "5"), "unrecognized arguments"),
         (("--data", "letters"), "'letters' is neither a data set"),
