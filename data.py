@@ -234,6 +234,11 @@ def resize(images, size):
     return functional.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
 
 
+def resize_all(images, size):
+    """(N, C, H, W) -> uint8 (N, C, size, size), some at a time."""
+    return torch.cat([resize(some, size).round().byte() for some in images.split(4096)])
+
+
 def crop_and_flip(images, size, generator):
     """Shift each image by up to an eighth of its side over a black border, and mirror every other one.
 
@@ -413,6 +418,12 @@ def load_published(name, data_dir, common):
             f"no {name} in '{data_dir}' and no download ({error}): fetch {files} and put it there"
         ) from error
     count = max(len(train[1]) // 10, 1)
+    if (
+        common["preprocessing"]["image_size"] <= 64
+    ):  # once, here, and not in every epoch; larger ones would fill the memory
+        train, test = (
+            (resize_all(images, common["preprocessing"]["image_size"]), labels) for images, labels in (train, test)
+        )
     parts = {"train": [part[:-count] for part in train], "val": [part[-count:] for part in train], "test": test}
     common = common | {"augment": augment}
     return classes, {name: ArraySplit(images=part[0], labels=part[1], **common) for name, part in parts.items()}
@@ -518,13 +529,15 @@ def open_image(path, channels, size):
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))
-            image = ImageOps.exif_transpose(image)  # phones store how they were held beside the pixels
+            ImageOps.exif_transpose(image, in_place=True)  # phones store how they were held beside the pixels
             if image.mode.startswith("I"):  # 16 bits: 65535 is white. PIL would cut at 255 instead of scaling.
                 image = Image.fromarray((numpy.asarray(image) / 257).astype(numpy.uint8))
             if "A" in image.mode or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")  # what is transparent may have any colour
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("L" if channels == 1 else "RGB")
+            mode = "L" if channels == 1 else "RGB"
+            image.load()
+            return image if image.mode == mode else image.convert(mode)
     except Exception as error:  # a damaged file makes PIL raise almost anything
         raise DataError(f"cannot read the image '{path}' ({error}): repair it or take it out of the folder") from error
 
