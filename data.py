@@ -414,16 +414,11 @@ def load_published(name, data_dir, common):
         train, test, classes = read_cifar10(data_dir) if name == "cifar10" else read_mnist(kind, data_dir)
     except (OSError, RuntimeError) as error:
         files = kind.url if name == "cifar10" else f"{', '.join(IDX_FILES)} (or these with .gz) from {kind.mirrors[0]}"
-        raise DataError(
-            f"no {name} in '{data_dir}' and no download ({error}): fetch {files} and put it there"
-        ) from error
-    count = max(len(train[1]) // 10, 1)
-    if (
-        common["preprocessing"]["image_size"] <= 64
-    ):  # once, here, and not in every epoch; larger ones would fill the memory
-        train, test = (
-            (resize_all(images, common["preprocessing"]["image_size"]), labels) for images, labels in (train, test)
-        )
+        where = f"no {name} in '{data_dir}' and no download ({error})"
+        raise DataError(f"{where}: fetch {files} and put it there") from error
+    count, size = max(len(train[1]) // 10, 1), common["preprocessing"]["image_size"]
+    if size <= 64:  # resized once, here, and not in every epoch; larger ones would fill the memory
+        train, test = ((resize_all(images, size), labels) for images, labels in (train, test))
     parts = {"train": [part[:-count] for part in train], "val": [part[-count:] for part in train], "test": test}
     common = common | {"augment": augment}
     return classes, {name: ArraySplit(images=part[0], labels=part[1], **common) for name, part in parts.items()}
@@ -647,7 +642,8 @@ def report_damaged(damaged):
     """One line on stderr for all images that are left out."""
     if damaged:
         more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
-        print(f"left out {len(damaged)} unreadable images: {', '.join(damaged[:10])}{more}", file=sys.stderr)
+        count = f"{len(damaged)} unreadable image{'s' * (len(damaged) > 1)} left out"
+        print(f"{count}: {', '.join(damaged[:10])}{more}", file=sys.stderr)
 
 
 def split_folder(root, paths, labels, shares=(0.2,), salt=b""):
@@ -904,7 +900,7 @@ def main():
     dataset = load_data(args.data, preprocessing, None, args.batch_size, workers, args.seed, data_dir=where)
     print(f"{args.data}: {describe(dataset)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    find_fonts(dataset.classes)
+    find_fonts([args.data, *dataset.classes])
     some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(args.seed))[:32]
     images, labels = next(replace(dataset.train.subset(some), batch_size=32).batches())
     names = [dataset.classes[label] for label in labels]

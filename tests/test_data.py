@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 from dataclasses import replace
@@ -326,7 +328,7 @@ def test_unreadable_images_are_left_out_and_named_in_one_line(tmp_path, suffix, 
     for split in (dataset.train, dataset.val):
         assert sum(len(labels) for _, labels in split.batches()) == len(split)
     error = capsys.readouterr().err
-    assert error.startswith("left out 3 unreadable images: ") and error.count("\n") == 1
+    assert error.startswith("3 unreadable images left out: ") and error.count("\n") == 1
     assert all(f"{number}{suffix}" in error for number in range(3))
     for path in (tmp_path / "a").iterdir():
         path.write_bytes(b"")
@@ -753,3 +755,25 @@ def test_a_picture_whose_class_names_look_like_formulas(tmp_path):
         data.find_fonts(names)
         data.plot_grid(tmp_path / "grid.png", "$", numpy.zeros((3, 8, 8, 3)), names)
     assert Image.open(tmp_path / "grid.png").size[0] > 500
+
+
+MEASURE = """
+import resource, sys
+import torch, torchvision.datasets, matplotlib.figure
+import data
+held = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+split = data.load_data("mnist", data_dir=sys.argv[1]).train
+for _ in split.batches():
+    pass
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held) / 1e6)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is measured as Linux tells it")
+def test_60000_images_take_less_than_400_megabytes(tmp_path):
+    for part, count in (("train", 60_000), ("t10k", 10_000)):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(numpy.zeros((count, 28, 28), dtype=numpy.uint8)))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(numpy.arange(count) % 10))
+    command = [sys.executable, "-c", MEASURE, tmp_path]
+    output = subprocess.run(command, cwd=data.DIGITS_FILE.parent, check=True, capture_output=True, text=True).stdout
+    assert float(output) < 400
