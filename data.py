@@ -19,7 +19,6 @@ stay on the disk and are decoded by worker processes (`FolderSplit`). Both give 
 import argparse
 import gzip
 import hashlib
-import math
 import os
 import shlex
 import shutil
@@ -30,7 +29,8 @@ import tempfile
 import unicodedata
 import warnings
 import zlib
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,17 +39,16 @@ import numpy
 import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_convert
 from torchvision import datasets
 from torchvision.transforms import v2
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
-
 # What a network is trained with when it does not start from another one that says so itself (its checkpoint). Mean and
-# deviation are of pixels in 0..1: of augmented glyphs (digits come near them); of the training images of MNIST,
-# Fashion-MNIST and CIFAR-10 at their own size (`python data.py` measures them); of ImageNet, for all photos.
+# deviation are of pixels in 0..1: of augmented glyphs, and taken for digits, too; of all training images of MNIST,
+# Fashion-MNIST and CIFAR-10 at their own size; of ImageNet, for all photos. (`python data.py` measures those of training
+# images as the network sees them: resizing to 32 pixels makes the deviation of Fashion-MNIST 0.338.)
 SMALL = {"image_size": 32, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
 PREPROCESSING = {
     "glyphs": SMALL,
@@ -97,6 +96,7 @@ def load_data(
     """
     name, data_dir = str(name), Path(data_dir)
     preprocessing = PREPROCESSING.get(name, PREPROCESSING["flowers"]) | (preprocessing or {})
+    # What all splits of a data set share.
     common = {"preprocessing": preprocessing, "batch_size": batch_size, "seed": seed, "device": device}
     if name == "glyphs":
         classes, splits = load_glyphs(common)
@@ -140,7 +140,7 @@ def normalise(images, preprocessing):
     """
     mean = torch.tensor(preprocessing["mean"], device=images.device).view(1, 3, 1, 1) * 255
     deviation = torch.tensor(preprocessing["std"], device=images.device).view(1, 3, 1, 1) * 255
-    return ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
+    return (images - mean).div_(deviation).contiguous(memory_format=torch.channels_last)
 
 
 def index_batches(count, batch_size, generator=None):
@@ -210,11 +210,10 @@ class ArraySplit(Split):
     def batches(self, epoch=None):
         """Yield (images float (N, 3, S, S), labels (N,)): in order as they are, or for training, given the epoch's number.
 
-        Order and augmentation depend on the seed and the epoch alone, not on what ran before.
+        Order and augmentation depend on the seed, the epoch, the batch size and the device, not on what ran before.
         """
-        size = self.preprocessing["image_size"]
-        if epoch is not None:
-            generator = torch.Generator(self.device).manual_seed(epoch_seed(self.seed, epoch))
+        size, generator = self.preprocessing["image_size"], torch.Generator(self.device)
+        generator.manual_seed(epoch_seed(self.seed, epoch or 0))
         for indices in self.indices(epoch):
             indices = indices % len(self)
             images = self.images[indices].to(self.device)
@@ -223,7 +222,7 @@ class ArraySplit(Split):
 
 
 def epoch_seed(seed, epoch):
-    """One number for the randomness of an epoch (or, given an epoch's, of an image in it): no two pairs share it."""
+    """One number for the randomness of an epoch (or, given an epoch's, of an image in it), below a million of them."""
     return seed * 1_000_003 + epoch
 
 
@@ -235,12 +234,15 @@ def resize(images, size):
 
 
 def resize_all(images, size):
-    """(N, C, H, W) -> uint8 (N, C, size, size), some at a time."""
-    return torch.cat([resize(some, size).round().byte() for some in images.split(4096)])
+    """(N, C, H, W) -> uint8 (N, C, size, size), some at a time, for the memory's sake."""
+    resized = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
+    for some, place in zip(images.split(1024), resized.split(1024), strict=True):
+        place.copy_(resize(some, size).round())
+    return resized
 
 
 def crop_and_flip(images, size, generator):
-    """Shift each image by up to an eighth of its side over a black border, and mirror every other one.
+    """Shift each image by up to an eighth of its side over a black border, and mirror half of them, at random.
 
     For clothes, animals and vehicles; 4 of 32 pixels, as in He et al. (arXiv:1512.03385, §4.2) for CIFAR-10. torchvision's
     transforms would treat the whole batch alike, or take a Python call an image; here each image has its own random
@@ -248,13 +250,10 @@ def crop_and_flip(images, size, generator):
     """
     count, side = len(images), images.shape[-1]
     border = side // 8
-    windows = (
-        functional.pad(images, [border] * 4).unfold(2, side, 1).unfold(3, side, 1)
-    )  # a view: nothing is copied yet
+    # All possible windows, as a view of which nothing is copied: (N, C, 2b+1, 2b+1, H, H)
+    windows = functional.pad(images, [border] * 4).unfold(2, side, 1).unfold(3, side, 1)
     top, left = torch.randint(2 * border + 1, (2, count), generator=generator, device=images.device)
-    images = windows[
-        torch.arange(count, device=images.device), :, top, left
-    ]  # (N, C, 2b+1, 2b+1, H, H) -> (N, C, H, H)
+    images = windows[torch.arange(count, device=images.device), :, top, left]  # (N, C, H, H)
     mirrored = torch.rand(count, generator=generator, device=images.device) < 0.5
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
     return resize(images, size)
@@ -337,7 +336,7 @@ def draw_glyph(character, font):
     letter = letter.resize([max(round(side * scale), 1) for side in letter.size], Image.Resampling.LANCZOS)
     canvas = Image.new("L", (GLYPH_CANVAS, GLYPH_CANVAS))
     canvas.paste(letter, [(GLYPH_CANVAS - side) // 2 for side in letter.size])
-    return torch.from_numpy(numpy.asarray(canvas).copy())[None]
+    return v2.functional.pil_to_tensor(canvas)
 
 
 def draw_fonts(names):
@@ -414,8 +413,8 @@ def load_published(name, data_dir, common):
         train, test, classes = read_cifar10(data_dir) if name == "cifar10" else read_mnist(kind, data_dir)
     except (OSError, RuntimeError) as error:
         files = kind.url if name == "cifar10" else f"{', '.join(IDX_FILES)} (or these with .gz) from {kind.mirrors[0]}"
-        where = f"no {name} in '{data_dir}' and no download ({error})"
-        raise DataError(f"{where}: fetch {files} and put it there") from error
+        folder = data_dir if name == "cifar10" else data_dir / kind.__name__ / "raw"
+        raise DataError(f"no {name} and no download ({error}): fetch {files} and put it into '{folder}'") from error
     count, size = max(len(train[1]) // 10, 1), common["preprocessing"]["image_size"]
     if size <= 64:  # resized once, here, and not in every epoch; larger ones would fill the memory
         train, test = ((resize_all(images, size), labels) for images, labels in (train, test))
@@ -435,17 +434,19 @@ def read_mnist(kind, data_dir):
     """Training and test part, each (uint8 (N, 1, 28, 28), int64 (N,)), from data_dir or torchvision's folder in it."""
 
     def find(file):
-        names = (file, f"{file}.gz", file.replace("-idx", ".idx"))  # unpacked, as published, as on Kaggle
+        names = (file, file.replace("-idx", ".idx"))  # the second as on Kaggle
         paths = [place / name for place in (data_dir / kind.__name__ / "raw", data_dir) for name in names]
+        paths = [path.with_name(path.name + ending) for path in paths for ending in ("", ".gz")]
         return next((path for path in paths if path.is_file()), None)
 
     if not all(map(find, IDX_FILES)):
         kind(data_dir, download=True)
     images, labels, test_images, test_labels = [read_idx(find(file)) for file in IDX_FILES]
-    parts = [(images[:, None], labels.long()), (test_images[:, None], test_labels.long())]
-    if any(part[0].shape != (len(part[1]), 1, 28, 28) or part[1].max() > 9 for part in parts):
-        raise DataError(f"the files of {kind.__name__} in '{data_dir}' do not belong together: fetch them again")
-    return *parts, [name.partition(" - ")[0] for name in kind.classes]  # torchvision calls a digit "0 - zero"
+    for part in ((images, labels), (test_images, test_labels)):
+        if part[0].shape != (part[1].numel(), 28, 28) or part[1].dim() != 1 or len(part[1]) < 2 or part[1].max() > 9:
+            raise DataError(f"the files of {kind.__name__} in '{data_dir}' do not belong together: fetch them again")
+    classes = [name.partition(" - ")[0] for name in kind.classes]  # torchvision calls a digit "0 - zero"
+    return (images[:, None], labels.long()), (test_images[:, None], test_labels.long()), classes
 
 
 def read_idx(path):
@@ -514,45 +515,47 @@ def new_folder(target):
 
 # -------------------------------------------------------------------------------------------- folders of photos
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder -> split
+
+# Phones store how they were held in the EXIF data, beside the pixels: what undoes each of the eight ways but the upright.
+EXIF_ORIENTATION = 0x0112
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+EXIF_TURNS = {code: Image.Transpose[turn] for code, turn in enumerate(TURNS, start=2)}
+warnings.filterwarnings("ignore", module="PIL")  # of large images and odd EXIF data, which are read all the same
+
 
 def open_image(path, channels, size):
     """Decode one file: an upright PIL image of 1 channel or 3. Raises DataError if it cannot be read.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves at least twice `size`: a photo of 12
-    megapixels then takes 11 ms instead of 270.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves at least twice `size`, since the smallest
+    crop of training is about half a side: photos of 12 megapixels are read three times as fast.
     """
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))
-            ImageOps.exif_transpose(image, in_place=True)  # phones store how they were held beside the pixels
+            image.load()
+            if "exif" in image.info:
+                with suppress(Exception):  # damaged EXIF data, or none about this, leave the pixels as they are
+                    image = image.transpose(EXIF_TURNS[image.getexif()[EXIF_ORIENTATION]])
             if image.mode.startswith("I"):  # 16 bits: 65535 is white. PIL would cut at 255 instead of scaling.
                 image = Image.fromarray((numpy.asarray(image) / 257).astype(numpy.uint8))
             if "A" in image.mode or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")  # what is transparent may have any colour
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             mode = "L" if channels == 1 else "RGB"
-            image.load()
             return image if image.mode == mode else image.convert(mode)
     except Exception as error:  # a damaged file makes PIL raise almost anything
         raise DataError(f"cannot read the image '{path}' ({error}): repair it or take it out of the folder") from error
 
 
 def find_damage(path):
-    """What is wrong with an image file, or None; quick enough (0.02 ms a JPEG) to ask for every file at the start.
-
-    A JPEG has no checksums: whole is what begins and ends as it must. Of all else PNG's checksums are verified, other
-    formats decoded, and so are JPEGs with something after their end, as some phones write them.
-    """
+    """Why an image file cannot be used, or None. A JPEG has no checksums: it must be decoded, at 1/8, to be sure."""
     try:
-        with open(path, "rb") as file:
-            if file.read(2) == b"\xff\xd8":
-                file.seek(-2, 2)
-                if file.read() == b"\xff\xd9":
-                    return None
-        with Image.open(path) as image:
-            image.verify() if image.format == "PNG" else image.load()
-    except Exception as error:
-        return str(error) or type(error).__name__
+        str(path).encode()  # a name that is not UTF-8 could not be written into predictions.csv
+        open_image(path, channels=3, size=1)
+    except (DataError, UnicodeError) as error:
+        return str(error.__cause__ or error)
 
 
 def photo_transform(size, training):
@@ -584,6 +587,8 @@ class FolderSplit(Split):
     def batches(self, epoch=None):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
         seed = None if epoch is None else epoch_seed(self.seed, epoch)
+        # DataLoader hands each element of batch_sampler to __getitems__, in a worker process; default_convert passes the
+        # batch on as it is and, other than a lambda, can be sent to workers that are not forked (Windows, macOS).
         work = [(seed, batch.tolist()) for batch in self.indices(epoch)]
         for batch in DataLoader(self, batch_sampler=work, num_workers=self.workers, collate_fn=default_convert):
             if isinstance(batch, DataError):
@@ -618,44 +623,48 @@ def list_folder(root, damaged):
         return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry)]
-    if len(folders) < 2:
-        raise DataError(
-            f"'{root}' has {len(folders)} class folders: it needs two or more, with the images of a class each"
-        )
     # Some systems write é, or 한, as several characters: normalised, a class has one name on all of them.
     folders = sorted((unicodedata.normalize("NFC", folder.name), folder) for folder in folders)
+    classes = [name for name, _ in folders]
+    if len(set(classes)) < 2 or len(set(classes)) < len(classes):
+        found = f"'{root}' has {len(classes)} class folders ({', '.join(classes[:5])})"
+        raise DataError(f"{found}: it needs at least two, of different names, with the images of a class each")
     paths, labels = [], []
     for label, (_, folder) in enumerate(folders):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        damages = {path: find_damage(path) for path in files if not is_hidden(path)}
-        whole = [path for path, damage in damages.items() if not damage]
+        files = [path for path in files if not is_hidden(path) and not path.is_dir()]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            damages = list(threads.map(find_damage, files))
+        new = [f"'{path}' ({damage})" for path, damage in zip(files, damages, strict=True) if damage]
+        whole = [path for path, damage in zip(files, damages, strict=True) if not damage]
         if not whole:
             mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
-            raise DataError(f"no image in '{folder}' can be read (of {len(damages)}): {mend}")
-        damaged += [f"'{path}' ({damage})" for path, damage in damages.items() if damage]
+            raise DataError(f"no image in '{folder}' can be read, of {', '.join([str(len(files)), *new[:1]])}: {mend}")
+        damaged += new
         paths += whole
         labels += [label] * len(whole)
-    return [name for name, _ in folders], numpy.array(paths), torch.tensor(labels)
+    return classes, numpy.array(paths), torch.tensor(labels)
 
 
 def report_damaged(damaged):
-    """One line on stderr for all images that are left out."""
+    """One line for all images that are left out."""
     if damaged:
         more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
         count = f"{len(damaged)} unreadable image{'s' * (len(damaged) > 1)} left out"
-        print(f"{count}: {', '.join(damaged[:10])}{more}", file=sys.stderr)
+        warn(f"{count}: {', '.join(damaged[:10])}{more}")
 
 
-def split_folder(root, paths, labels, shares=(0.2,), salt=b""):
+def split_folder(root, paths, labels, shares=(0.2,), salt=""):
     """Stratified split without a list: in each class the files with the smallest hash validate, the next ones test.
 
-    The hash of the path below `root` stays when the folder is listed in another order, is moved, or gets more files. It
-    does not depend on --seed, so that no script ever validates on what another one trained on.
-    shares: of each class, for each part but the first. Returns for each part, training first, a sorted index tensor.
+    The hash of the path below `root` stays when the folder is listed in another order, is moved, or gets more files.
+    Another `salt` gives another split; while loading there is none, so that no script ever validates on what another
+    one trained on. shares: of each class, for all parts but the first. Returns index tensors, training first.
     """
 
     def rank(index):
-        return hashlib.sha256(salt + os.fsencode(paths[index].relative_to(root).as_posix())).digest()
+        name = unicodedata.normalize("NFC", paths[index].relative_to(root).as_posix())
+        return hashlib.sha256(f"{salt}{name}".encode()).digest()
 
     parts = [[] for _ in range(1 + len(shares))]
     for label in labels.unique():
@@ -671,11 +680,14 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=b""):
 
 
 def load_folder(root, common):
-    """Class folders, split into train/val/test folders or not. Without `val`, a fifth of each class of the others validates."""
-    damaged, found = [], {}
-    there = [split for split in ("train", "val", "test") if (root / split).is_dir()]
-    for split in there if "train" in there else [""]:
-        found[split or "train"] = list_folder(root / split, damaged)
+    """Class folders, in train, val and test folders or not. Without `val`, a fifth of each class of `train` validates."""
+    damaged = []
+    folders = {PARTS[path.name.lower()]: path for path in root.iterdir() if path.name.lower() in PARTS}
+    if "train" not in folders:
+        if folders and len(folders) == sum(path.is_dir() for path in root.iterdir()):
+            raise DataError(f"'{root}' has {' and '.join(sorted(folders))} but no train: rename or add that folder")
+        folders = {"train": root}
+    found = {split: list_folder(path, damaged) for split, path in folders.items()}
     report_damaged(damaged)
     classes = found["train"][0]
     for split, (others, _, _) in found.items():
@@ -695,16 +707,20 @@ def copy_split(source, target, shares, seed):
 
     shares: of validation and test. The copy appears when it is complete. Raises DataError.
     """
+    source, target = source.resolve(), target.resolve()
     if not source.is_dir() or (source / "train").is_dir():
         raise DataError(f"'{source}' is not a folder with one folder a class, still undivided: name such a one")
-    if target.resolve().is_relative_to(source.resolve()):
+    if target.is_relative_to(source):
         raise DataError(f"'{target}' lies in '{source}', which is only read: name another folder")
+    if sum(shares) >= 1:
+        raise DataError(f"--val and --test take {sum(shares):g} of the images: leave some to train on")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"'{target}' is not empty: name a new folder, or empty it")
     damaged = []
     classes, paths, labels = list_folder(source, damaged)
     report_damaged(damaged)
-    parts = dict(zip(("train", "val", "test"), split_folder(source, paths, labels, shares, b"%d " % seed), strict=True))
+    parts = split_folder(source, paths, labels, shares, salt=f"{seed} ")
+    parts = dict(zip(("train", "val", "test"), parts, strict=True))
     with new_folder(target) as folder:
         for part, indices in parts.items():
             for index in indices.tolist():
@@ -723,6 +739,11 @@ def to_pictures(images, preprocessing):
     """Undo `normalise` for people: float (N, 3, S, S) -> numpy (N, S, S, 3) in 0..1."""
     mean, deviation = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (images.cpu() * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def shorten(name, length=20):
+    """A class name that fits beside a picture."""
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def plot_grid(path, title, pictures, names, colours=None, columns=8):
@@ -760,10 +781,9 @@ def find_fonts(names):
     matplotlib.rcParams.update({"font.family": families, "text.parse_math": False})  # a class may be called $5
     if lacking:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # this one line is enough
-        print(
+        warn(
             f"no font here has {''.join(map(chr, sorted(lacking)))}: pictures show boxes instead. Install one, such as Noto"
-            " Sans CJK for Chinese, Japanese and Korean (Debian, Ubuntu: apt install fonts-noto-cjk)",
-            file=sys.stderr,
+            " Sans CJK for Chinese, Japanese and Korean (Debian, Ubuntu: apt install fonts-noto-cjk)"
         )
 
 
@@ -799,6 +819,14 @@ def command_line(description, data, out, batch_size):
 def add_image_options(parser):
     add_number(parser, "--image-size", int, 8, 1024, None, "pixels a side; None: as the data or the checkpoint has it")
     add_number(parser, "--seed", int, 0, 1_000_000, 0, "equal seeds give equal checkpoints on the CPU")
+
+
+def load_for(args, preprocessing=None, device="cpu"):
+    """`load_data` as the command line asks for it."""
+    preprocessing, few, seed = dict(preprocessing or {}), getattr(args, "per_class", None), getattr(args, "seed", 0)
+    if getattr(args, "image_size", None):
+        preprocessing["image_size"] = args.image_size
+    return load_data(args.data, preprocessing, few, args.batch_size, args.workers, seed, device, args.data_dir)
 
 
 def add_device_option(parser):
@@ -839,6 +867,7 @@ def run(main, *errors):
 
     These are DataError, OSError, an interrupt, too little memory, and `errors`.
     """
+    sys.stdout.reconfigure(errors="replace")  # a console or a log file may not know all characters of class names
     try:
         main()
         return
@@ -852,8 +881,13 @@ def run(main, *errors):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         message = "not enough memory: lower --batch-size or --image-size"
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    warn(f"{Path(sys.argv[0]).name}: {message}")
     sys.exit(2)
+
+
+def warn(message):
+    """Tell on stderr, in one line."""
+    print(" ".join(message.split()).encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------- the script
@@ -862,10 +896,10 @@ def run(main, *errors):
 def channel_statistics(split):
     """Mean and standard deviation of each channel, of pixels in 0..1: two lists of 3, over the images as they are."""
     plain = replace(split, preprocessing=split.preprocessing | {"mean": [0.0] * 3, "std": [1.0] * 3})
-    sums = squares = torch.zeros(3, dtype=torch.float64)
+    sums, squares = torch.zeros(2, 3, dtype=torch.float64)
     for images, _ in plain.batches():
-        sums = sums + images.mean(dim=(2, 3)).double().sum(dim=0)  # (N, 3, S, S) -> (3,)
-        squares = squares + images.square().mean(dim=(2, 3)).double().sum(dim=0)
+        sums += images.mean(dim=(2, 3)).double().sum(dim=0)  # (N, 3, S, S) -> (3,)
+        squares += images.square().mean(dim=(2, 3)).double().sum(dim=0)
     mean = sums / len(split)
     return mean.tolist(), (squares / len(split) - mean.square()).clamp(min=0).sqrt().tolist()
 
@@ -895,15 +929,13 @@ def main():
     if args.split:
         copy_split(*args.split, (args.val, args.test), args.seed)
         return
-    preprocessing = {"image_size": args.image_size} if args.image_size else None
-    workers, where = args.workers, args.data_dir
-    dataset = load_data(args.data, preprocessing, None, args.batch_size, workers, args.seed, data_dir=where)
+    dataset = load_for(args)
     print(f"{args.data}: {describe(dataset)}")
     args.out.mkdir(parents=True, exist_ok=True)
     find_fonts([args.data, *dataset.classes])
     some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(args.seed))[:32]
     images, labels = next(replace(dataset.train.subset(some), batch_size=32).batches())
-    names = [dataset.classes[label] for label in labels]
+    names = [shorten(dataset.classes[label]) for label in labels]
     pictures = to_pictures(images, dataset.preprocessing)
     plot_grid(args.out / "samples.png", f"training images of {args.data}", pictures, names)
     one = replace(dataset.train.subset(some[:1]), batch_size=9, repeats=9)

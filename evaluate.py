@@ -8,7 +8,9 @@ divides. The test split is used here, once, at the end; whatever was chosen was 
 """
 
 import csv
+import io
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional
 
 import data
-from mobilenetv2 import CheckpointError, load_checkpoint
+from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
 # ------------------------------------------------------------------------------------------------- the metrics
 
@@ -101,7 +103,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 def plot_confusion(confusion, classes, path):
     """The matrix, each row divided by its sum, with the counts written into the cells where they fit."""
-    side = min(max(4.5, 0.45 * len(classes)), 16)
+    side = min(max(5.5, 0.45 * len(classes)), 16)
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -110,9 +112,9 @@ def plot_confusion(confusion, classes, path):
     title = f"{int(confusion.diagonal().sum())} of {int(confusion.sum())} right"
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(classes) <= 50:
-        longest = max(len(name) for name in classes)
-        axes.set_xticks(range(len(classes)), classes, rotation=90 if longest > 2 else 0)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [data.shorten(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(len(classes)), names)
         for row, column in confusion.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", color=colour, fontsize=8)
@@ -126,7 +128,9 @@ def plot_samples(split, logits, classes, path, count=32):
     confidences, predictions = logits[indices].softmax(dim=1).max(dim=1)
     names, colours = [], []
     for label, guess, confidence in zip(split.labels[indices], predictions, confidences, strict=True):
-        name = classes[label] if label == guess else f"{classes[label]} → {classes[guess]}"
+        name = data.shorten(classes[label])
+        if label != guess:
+            name = f"{data.shorten(classes[label], 9)} → {data.shorten(classes[guess], 9)}"
         names.append(f"{name}\n{confidence:.0%}")
         colours.append(RIGHT if label == guess else WRONG)
     title = "green: right · red: true → predicted · confidence"
@@ -158,13 +162,13 @@ def plot_history(history, path):
 def write_predictions(path, split, logits, classes):
     """predictions.csv: a line an image, in the order of the split."""
     confidences, predictions = logits.softmax(dim=1).max(dim=1)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "true", "predicted", "confidence"])
-        for index, (label, guess, confidence) in enumerate(
-            zip(split.labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
-        ):
-            writer.writerow([split.name(index), classes[label], classes[guess], f"{confidence:.6f}"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["image", "true", "predicted", "confidence"])
+    rows = zip(range(len(split)), split.labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
+    for index, label, guess, confidence in rows:
+        writer.writerow([split.name(index), classes[label], classes[guess], f"{confidence:.6f}"])
+    write_file(path, text.getvalue().encode())
 
 
 def load_for_evaluation(args, device):
@@ -174,8 +178,7 @@ def load_for_evaluation(args, device):
     Raises CheckpointError or DataError, also when network and data do not have the same classes.
     """
     model, checkpoint = load_checkpoint(args.checkpoint)
-    preprocessing, workers = checkpoint["preprocessing"], args.workers
-    dataset = data.load_data(args.data, preprocessing, None, args.batch_size, workers, 0, device, args.data_dir)
+    dataset = data.load_for(args, checkpoint["preprocessing"], device)
     known, there = checkpoint["classes"], dataset.classes
     if known != there:
         knows, has = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, there))
@@ -195,7 +198,6 @@ def main():
     if split_name == "val":
         print(f"note: {args.data} has no test split; this is its validation split, on which the checkpoint was chosen")
 
-    args.out.mkdir(parents=True, exist_ok=True)
     logits, labels = predict(model, split)
     scores = score(logits, labels)
     confusion = confusion_matrix(labels, logits.argmax(dim=1), len(classes))
@@ -207,14 +209,14 @@ def main():
     metrics = {"checkpoint": str(args.checkpoint), "data": args.data, "split": split_name, "images": len(split)}
     metrics |= scores | {name: report[name] for name in ("macro", "weighted")}
     metrics["per_class"] = dict(zip(classes, report["per_class"], strict=True))
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False), encoding="utf-8")
-    (args.out / "report.txt").write_text(text + "\n", encoding="utf-8")
+    write_file(args.out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
+    write_file(args.out / "report.txt", (text + "\n").encode())
     write_predictions(args.out / "predictions.csv", split, logits, classes)
     data.find_fonts(classes)
     plot_confusion(confusion, classes, args.out / "confusion.png")
     plot_samples(split, logits, classes, args.out / "samples.png")
     print(f"\nwrote metrics.json, report.txt, predictions.csv, confusion.png and samples.png to {args.out}")
-    print(f"next: python export.py --checkpoint {args.checkpoint} {data.data_options(args)}")
+    print(f"next: python export.py --checkpoint {shlex.quote(str(args.checkpoint))} {data.data_options(args)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ last blocks are trained too, more carefully than the classifier. The first layer
 are edges and strokes in any data set, and few labelled images would only spoil them.
 """
 
+import shlex
+
 import torch
 from torch import nn
 
@@ -102,18 +104,14 @@ def main():
     start = read_pretrained(args.checkpoint)
     # The network goes on seeing images as it has learned to; whether they are grey is up to the new data.
     preprocessing = {key: start["preprocessing"][key] for key in ("image_size", "mean", "std")}
-    if args.image_size:
-        preprocessing["image_size"] = args.image_size
-    dataset = data.load_data(
-        args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device, args.data_dir
-    )
+    dataset = data.load_for(args, preprocessing, device)
     model = load_pretrained(start)
     if start["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(device, memory_format=torch.channels_last)
     print(
         f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
-        f" of {preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width {model.arch['width_mult']:g}"
+        f" of {dataset.preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width {model.arch['width_mult']:g}"
     )
 
     run = Run(args.out, model, dataset)
@@ -122,7 +120,7 @@ def main():
     model.load_state_dict(load_checkpoint(args.out / "best.pt")[1]["model"])
     train_blocks(run, model, dataset, args)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} {data.data_options(args)}")
+    print(f"next: python evaluate.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} {data.data_options(args)}")
 
 
 if __name__ == "__main__":

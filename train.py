@@ -13,6 +13,7 @@ weight decay, 4e-5, is the paper's.
 
 import csv
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -183,10 +184,7 @@ def main():
     device = data.choose_device(args.device)
     torch.manual_seed(args.seed)
 
-    preprocessing = {"image_size": args.image_size} if args.image_size else None
-    dataset = data.load_data(
-        args.data, preprocessing, args.per_class, args.batch_size, args.workers, args.seed, device, args.data_dir
-    )
+    dataset = data.load_for(args, device=device)
     print(
         f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
         f" images of {dataset.preprocessing['image_size']} pixels, on {device}"
@@ -199,8 +197,8 @@ def main():
     run = Run(args.out, model, dataset)
     fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args, args.epochs)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {args.out / 'best.pt'} {data.data_options(args)}")
-    print(f"  or: python finetune.py --checkpoint {args.out / 'best.pt'} --data NAME_OR_FOLDER")
+    print(f"next: python evaluate.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} {data.data_options(args)}")
+    print(f"  or: python finetune.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} --data NAME_OR_FOLDER")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def no_network(monkeypatch):
             raise urllib.error.URLError("no network in tests")
         return real_open(request, *args, **kwargs)
 
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    for module in (urllib.request, torch.hub):  # the latter has a name of its own for it
+        monkeypatch.setattr(module, "urlopen", refuse)
 
 
 @pytest.fixture(autouse=True)
