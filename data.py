@@ -632,7 +632,7 @@ def list_folder(root, damaged):
     paths, labels = [], []
     for label, (_, folder) in enumerate(folders):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files = [path for path in files if not is_hidden(path) and not path.is_dir()]
+        files = [path for path in files if not is_hidden(path) and (path.is_file() or path.is_symlink())]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             damages = list(threads.map(find_damage, files))
         new = [f"'{path}' ({damage})" for path, damage in zip(files, damages, strict=True) if damage]
@@ -682,9 +682,10 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
 def load_folder(root, common):
     """Class folders, in train, val and test folders or not. Without `val`, a fifth of each class of `train` validates."""
     damaged = []
-    folders = {PARTS[path.name.lower()]: path for path in root.iterdir() if path.name.lower() in PARTS}
+    there = [path for path in root.iterdir() if path.is_dir()]
+    folders = {PARTS[path.name.lower()]: path for path in there if path.name.lower() in PARTS}
     if "train" not in folders:
-        if folders and len(folders) == sum(path.is_dir() for path in root.iterdir()):
+        if folders and len(folders) == len(there):
             raise DataError(f"'{root}' has {' and '.join(sorted(folders))} but no train: rename or add that folder")
         folders = {"train": root}
     found = {split: list_folder(path, damaged) for split, path in folders.items()}

@@ -363,6 +363,7 @@ def test_a_jpeg_that_is_damaged_inside_is_left_out(folder, capsys):
     assert "1 unreadable image left out: " in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")  # PIL tells what is wrong with it
 def test_damaged_exif_data_leaves_the_pixels_whole(tmp_path):
     image = Image.new("RGB", (40, 20))
     exif = image.getexif()
