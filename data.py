@@ -342,7 +342,7 @@ def draw_glyph(character, font):
 def draw_fonts(names):
     """Every class in every font: uint8 (fonts × 37, 1, 64, 64) and labels (fonts × 37,)."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    fonts = [ImageFont.truetype(folder / f"{name}.ttf", size=4 * GLYPH_INK) for name in names]
+    fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), size=4 * GLYPH_INK) for name in names]
     images = [draw_glyph(character, font) for font in fonts for character in GLYPH_CLASSES]
     return torch.stack(images), torch.arange(len(GLYPH_CLASSES)).repeat(len(fonts))
 
