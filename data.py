@@ -22,6 +22,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import signal
 import struct
 import sys
 import tarfile
@@ -40,6 +41,7 @@ import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from torch import distributed
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_convert
 from torchvision import datasets
@@ -143,14 +145,34 @@ def normalise(images, preprocessing):
     return (images - mean).div_(deviation).contiguous(memory_format=torch.channels_last)
 
 
+def processes():
+    """(rank, number) of this process among those that torchrun started; (0, 1) if it is the only one."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather(tensor):
+    """All processes' rows of a tensor on the CPU, in the order of the processes, for each of them."""
+    parts = [tensor] * processes()[1]
+    if len(parts) > 1:
+        distributed.all_gather_object(parts, tensor)
+    return torch.cat(parts)
+
+
+def mix(*parts):
+    """A seed from numbers and words: for each use of randomness its own, equal whenever they are equal."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
 def index_batches(count, batch_size, generator=None):
     """Split range(count), shuffled if a generator is given, into index tensors of `batch_size`.
 
-    A last batch of a single image joins the one before it: BatchNorm cannot take a deviation of one number.
+    A last batch of a single image for a process joins the one before it: BatchNorm cannot take a deviation of one number.
     """
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) < 2 * processes()[1]:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
@@ -182,11 +204,17 @@ class Split:
         return len(index_batches(self.epoch_size(), self.batch_size))
 
     def indices(self, epoch):
-        """Index tensors of the batches: all in order if `epoch` is None, else the epoch's, shuffled and with repeats."""
+        """Index tensors of the batches: all in order if `epoch` is None, else the epoch's, shuffled and with repeats.
+
+        Of every batch each process takes its share, so that together they see each image once.
+        """
         if epoch is None:
-            return index_batches(len(self), self.batch_size)
-        shuffle = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-        return index_batches(self.epoch_size(), self.batch_size, shuffle)
+            batches = index_batches(len(self), self.batch_size)
+        else:
+            shuffle = torch.Generator().manual_seed(mix(self.seed, epoch, "order"))
+            batches = index_batches(self.epoch_size(), self.batch_size, shuffle)
+        rank, count = processes()
+        return [share for batch in batches if len(share := batch[rank::count])]
 
     def subset(self, indices):
         """The same split with these images only."""
@@ -213,17 +241,12 @@ class ArraySplit(Split):
         Order and augmentation depend on the seed, the epoch, the batch size and the device, not on what ran before.
         """
         size, generator = self.preprocessing["image_size"], torch.Generator(self.device)
-        generator.manual_seed(epoch_seed(self.seed, epoch or 0))
+        generator.manual_seed(mix(self.seed, epoch, processes(), "augmentation"))
         for indices in self.indices(epoch):
             indices = indices % len(self)
             images = self.images[indices].to(self.device)
             images = resize(images, size) if epoch is None else self.augment(images, size, generator)
             yield normalise(images, self.preprocessing), self.labels[indices].to(self.device)
-
-
-def epoch_seed(seed, epoch):
-    """One number for the randomness of an epoch (or, given an epoch's, of an image in it), below a million of them."""
-    return seed * 1_000_003 + epoch
 
 
 def resize(images, size):
@@ -586,10 +609,9 @@ class FolderSplit(Split):
 
     def batches(self, epoch=None):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
-        seed = None if epoch is None else epoch_seed(self.seed, epoch)
         # DataLoader hands each element of batch_sampler to __getitems__, in a worker process; default_convert passes the
         # batch on as it is and, other than a lambda, can be sent to workers that are not forked (Windows, macOS).
-        work = [(seed, batch.tolist()) for batch in self.indices(epoch)]
+        work = [(epoch, batch.tolist()) for batch in self.indices(epoch)]
         for batch in DataLoader(self, batch_sampler=work, num_workers=self.workers, collate_fn=default_convert):
             if isinstance(batch, DataError):
                 raise batch
@@ -597,15 +619,15 @@ class FolderSplit(Split):
             yield normalise(images, self.preprocessing), labels
 
     def __getitems__(self, work):
-        """What a worker process does for a batch: (seed of the epoch or None, indices) -> uint8 (N, C, S, S), (N,)."""
-        seed, indices = work
+        """What a worker process does for a batch: (epoch or None, indices) -> uint8 (N, C, S, S), (N,)."""
+        epoch, indices = work
         size, channels = (self.preprocessing[key] for key in ("image_size", "channels"))
-        transform, images = photo_transform(size, training=seed is not None), []
+        transform, images = photo_transform(size, training=epoch is not None), []
         try:
             with torch.random.fork_rng(devices=[]):
                 for index in indices:
                     # A seed for each picture of each epoch: the same picture from any worker, and without workers.
-                    torch.default_generator.manual_seed(epoch_seed(seed or 0, index))
+                    torch.default_generator.manual_seed(mix(self.seed, epoch, index))
                     images.append(transform(open_image(self.images[index % len(self)], channels, size)))
         except DataError as error:
             return error  # raised in the main process, where it is one line; a worker would wrap it in its traceback
@@ -812,7 +834,7 @@ def command_line(description, data, out, batch_size):
     parser.add_argument("--data", default=data, help=f"{', '.join(PREPROCESSING)}, or a folder of images")
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where downloads are, or go")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for what the run writes")
-    add_number(parser, "--batch-size", int, 2, 65536, batch_size, "images a step")
+    add_number(parser, "--batch-size", int, 2, 65536, batch_size, "images a step, of all processes together")
     add_number(parser, "--workers", int, 0, 64, 2, "processes that decode photos")
     return parser
 
@@ -842,6 +864,12 @@ def add_training_options(parser, epochs, learning_rate, weight_decay):
     add_number(parser, "--learning-rate", float, 0, 100, learning_rate, "at its highest")
     add_number(parser, "--weight-decay", float, 0, 1, weight_decay, "of weights, not of biases")
     add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "probability that all classes share")
+    text = "focal: hard images count more; dice: rare classes do"
+    parser.add_argument("--loss", choices=("cross-entropy", "focal", "dice"), default="cross-entropy", help=text)
+    text = "compute in fewer bits, where the device is faster so"
+    parser.add_argument("--amp", choices=("off", "bfloat16", "float16"), default="off", help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="write over the run in --out")
     add_number(parser, "--per-class", int, 1, 1_000_000, None, "train on so many images a class; None: all")
 
 
@@ -868,6 +896,7 @@ def run(main, *errors):
 
     These are DataError, OSError, an interrupt, too little memory, and `errors`.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted
     sys.stdout.reconfigure(errors="replace")  # a console or a log file may not know all characters of class names
     try:
         main()

@@ -24,12 +24,15 @@ from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
 
 def predict(model, split):
-    """Logits (N, C) and labels (N,) of a whole split, on the CPU, in its order. Puts the model into eval mode."""
+    """Logits (N, C) and labels (N,) of a whole split, on the CPU. Puts the model into eval mode.
+
+    In the order of the split; of several processes each predicts a share, and they follow one another.
+    """
     model.eval()
     with torch.inference_mode():
         pairs = [(model(images).cpu(), labels.cpu()) for images, labels in split.batches()]
     logits, labels = zip(*pairs, strict=True)
-    return torch.cat(logits), torch.cat(labels)
+    return data.gather(torch.cat(logits)), data.gather(torch.cat(labels))
 
 
 def score(logits, labels):

@@ -15,7 +15,7 @@ from torch import nn
 
 import data
 from mobilenetv2 import CheckpointError, load_checkpoint, load_pretrained, read_pretrained, replace_classifier
-from train import Run, fit, parameter_groups
+from train import Run, begin, fit, parameter_groups
 
 FEATURE_PASSES = 4  # stage "head" learns from the images as they are, and from three epochs of augmented ones
 BACKBONE_RATE = 0.5  # learning rate of the blocks in stage "blocks", as a share of the classifier's
@@ -44,9 +44,9 @@ def compute_features(model, split, passes=1):
     with torch.no_grad():
         for number in range(passes):
             for images, targets in split.batches(epoch=number if number > 0 else None):  # None: in order, as they are
-                features.append(model.features(images))
-                labels.append(targets)
-    images, labels = torch.cat(features), torch.cat(labels)
+                features.append(model.features(images).cpu())
+                labels.append(targets.cpu())
+    images, labels = (data.gather(torch.cat(parts)).to(split.device) for parts in (features, labels))
     return Features(images=images, labels=labels, batch_size=split.batch_size, seed=split.seed)
 
 
@@ -56,7 +56,7 @@ def train_head(run, model, dataset, args):
     train, val = compute_features(model, dataset.train, FEATURE_PASSES), compute_features(model, dataset.val)
     head = nn.Sequential(model.dropout, model.classifier)  # (N, 1280) -> (N, classes)
     optimizer = torch.optim.AdamW(parameter_groups(head.parameters(), args.learning_rate, args.weight_decay))
-    fit(run, "head", head, [head], train, val, optimizer, args, args.head_epochs)
+    fit(run, "head", head, [head], train, val, optimizer, args.head_epochs)
 
 
 def unfreeze(model, count):
@@ -87,7 +87,7 @@ def train_blocks(run, model, dataset, args):
         f"stage blocks: the last {args.unfreeze} of {len(model.blocks)} blocks, the head and the classifier", flush=True
     )
     trained = [backbone, model.dropout, classifier]
-    fit(run, "blocks", model, trained, dataset.train, dataset.val, torch.optim.AdamW(groups), args, args.epochs)
+    fit(run, "blocks", model, trained, dataset.train, dataset.val, torch.optim.AdamW(groups), args.epochs)
 
 
 def main():
@@ -97,9 +97,9 @@ def main():
     parser.add_argument("--checkpoint", default="runs/train/best.pt", help=text)
     data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
     data.add_number(parser, "--unfreeze", int, 0, 17, 14, "blocks that stage blocks trains")
+    parser.set_defaults(schedule="cosine")
     args = parser.parse_args()
-    device = data.choose_device(args.device)
-    torch.manual_seed(args.seed)
+    device = begin(args)
 
     start = read_pretrained(args.checkpoint)
     # The network goes on seeing images as it has learned to; whether they are grey is up to the new data.
@@ -114,10 +114,11 @@ def main():
         f" of {dataset.preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width {model.arch['width_mult']:g}"
     )
 
-    run = Run(args.out, model, dataset)
-    train_head(run, model, dataset, args)
-    # Stage "blocks" starts from the best head, and best.pt is replaced only by something better.
-    model.load_state_dict(load_checkpoint(args.out / "best.pt")[1]["model"])
+    run = Run(args, model, dataset)
+    if run.state is None or run.state["stage"] == "head":
+        train_head(run, model, dataset, args)
+        # Stage "blocks" starts from the best head, and best.pt is replaced only by something better.
+        model.load_state_dict(load_checkpoint(args.out / "best.pt")[1]["model"])
     train_blocks(run, model, dataset, args)
     run.finish()
     print(f"next: python evaluate.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} {data.data_options(args)}")

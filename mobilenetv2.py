@@ -282,7 +282,7 @@ def check_weights(model, state_dict, source):
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path, model, classes, preprocessing, history=()):
+def save_checkpoint(path, model, classes, preprocessing, history=(), **more):
     """Write a checkpoint: one file with everything that later steps need to know.
 
     Args:
@@ -290,6 +290,7 @@ def save_checkpoint(path, model, classes, preprocessing, history=()):
         preprocessing: dict with image_size, channels (1: grayscale repeated thrice, 3: colour), mean and std (3 floats
             each, of pixels in 0..1).
         history: list of dicts, one an epoch.
+        more: tensors and plain values that belong to the training and not to the network, such as the optimiser's state.
     Raises OSError when the file cannot be written; a file of that name that was there before is then untouched.
     """
     checkpoint = {
@@ -298,7 +299,7 @@ def save_checkpoint(path, model, classes, preprocessing, history=()):
         "classes": list(classes),
         "preprocessing": dict(preprocessing),
         "history": [dict(row) for row in history],
-    }
+    } | more
     # In memory first: the archive's inner names then do not depend on the file's, and equal runs give equal bytes.
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)

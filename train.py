@@ -1,31 +1,64 @@
 """Train MobileNetV2 from scratch.
 
     python train.py                                # letters (glyphs), nothing to download
-    python train.py --data path/to/folder --width 1.0 --output-stride 32 --image-size 160
+    python train.py --data path/to/folder --recipe cosine --width 1.0 --output-stride 32 --image-size 160
+    python train.py --resume                       # goes on where a run was interrupted
+    torchrun --nproc-per-node 8 train.py ...       # on 8 GPUs, or in 8 processes on CPUs
 
-The loop is in `train_epoch`; around it stand the learning rate (`cosine`), what a run leaves behind (`Run`), and
-`main`, which reads from top to bottom as the story of a training.
-
-The recipe is SGD with Nesterov momentum and a cosine, which small data sets and few epochs ask for. The paper's own (§6.1) is
-another: RMSProp, decay and momentum 0.9, learning rate 0.045 times 0.98 an epoch, batches of 96 on each of 16 GPUs. The
-weight decay, 4e-5, is the paper's.
+The loop is in `train_epoch`; around it stand the recipes, the learning rate (`schedule`), the losses, what a run leaves
+behind (`Run`), and `main`, which reads from top to bottom as the story of a training.
 """
 
 import csv
+import io
 import math
+import os
 import shlex
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
+from torch import distributed
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 from evaluate import plot_history, predict, score
-from mobilenetv2 import MobileNetV2, save_checkpoint
+from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint, write_file
 
+# --recipe chooses one; every option given beside it overrides its own.
+RECIPES = {
+    # For small images and few epochs; chosen on the validation letters.
+    "small": {
+        "optimizer": "sgd",
+        "schedule": "cosine",
+        "learning_rate": 0.1,
+        "weight_decay": 4e-5,
+        "batch_size": 64,
+        "epochs": 5,
+    },
+    # The paper, §6.1: RMSProp with decay and momentum of 0.9, batches of 96 (on each of 16 GPUs). The epochs are not given there.
+    "paper": {
+        "optimizer": "rmsprop",
+        "schedule": "exponential",
+        "learning_rate": 0.045,
+        "weight_decay": 4e-5,
+        "batch_size": 96,
+        "epochs": 300,
+    },
+    # https://github.com/d-li14/mobilenetv2.pytorch, which reports 72.19% on ImageNet with it.
+    "cosine": {
+        "optimizer": "sgd",
+        "schedule": "cosine",
+        "learning_rate": 0.05,
+        "weight_decay": 4e-5,
+        "batch_size": 256,
+        "epochs": 150,
+    },
+}
 WARMUP = 0.1  # share of all steps
+DECAY = 0.98  # of the learning rate, an epoch (§6.1)
 
 
 def cosine(step, steps):
@@ -40,6 +73,43 @@ def cosine(step, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def schedule(name, epoch, epochs, steps):
+    """Factors of the learning rate for the `steps` steps of an epoch (from 0), by 'cosine' or 'exponential'."""
+    if name == "exponential":
+        return [DECAY**epoch] * steps
+    return [cosine(epoch * steps + step, epochs * steps) for step in range(steps)]
+
+
+def focal_loss(logits, labels, gamma=2.0):
+    """FL = -(1 - p)^gamma · log p, p being the probability of the true class; (N, C), (N,) -> the mean of N.
+
+    What is recognised already (p near 1) hardly counts, so that few hard images are not drowned by many easy ones.
+    Lin et al., arXiv:1708.02002, equation 4, with their gamma.
+    """
+    log_p = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]  # (N,)
+    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+def dice_loss(logits, labels):
+    """1 - D, D = (2 Σ p·g + 1) / (Σ p² + Σ g² + 1) of each class, sums over the batch, g being 1 for the true class, else 0.
+
+    D is the overlap of what is called a class with what is one: a rare class counts as much as a frequent one. Shapes
+    (N, C), (N,) -> the mean over C. Milletari et al., arXiv:1606.04797, §3; the 1 keeps it defined for an absent class.
+    """
+    p, g = logits.softmax(dim=1), functional.one_hot(labels, logits.shape[1])  # (N, C) each
+    overlap = (2 * (p * g).sum(dim=0) + 1) / (p.square().sum(dim=0) + g.sum(dim=0) + 1)  # (C,)
+    return 1 - overlap.mean()
+
+
+def choose_loss(args):
+    """The function (logits (N, C), labels (N,)) -> loss that --loss names."""
+    if args.loss != "cross-entropy":
+        return {"focal": focal_loss, "dice": dice_loss}[args.loss]
+    # It applies the softmax itself: its input is logits. Smoothing asks for 1 - s on the true class and shares s among
+    # all (Szegedy et al., arXiv:1512.00567, §7), so that logits need not grow for ever.
+    return partial(functional.cross_entropy, label_smoothing=args.label_smoothing)
+
+
 def parameter_groups(parameters, learning_rate, weight_decay):
     """Two groups for the optimiser: weight decay for the weights of convolutions and linear layers, none for the rest.
 
@@ -52,91 +122,133 @@ def parameter_groups(parameters, learning_rate, weight_decay):
     return [group | {"lr": learning_rate, "base_rate": learning_rate} for group in groups if group["params"]]
 
 
-def train_epoch(model, batches, optimizer, factors, label_smoothing, progress):
+def train_epoch(model, batches, optimizer, factors, loss_function, progress, amp=None):
     """One pass over `batches`, an iterable of (inputs, labels). The caller decides which layers are in training mode.
 
-    factors: for each step, what the schedule multiplies the learning rates with; progress(step) is called after each step.
+    factors: for each step, what the schedule multiplies the learning rates with; progress(step, loss) is called after
+    each step; amp: None, or the type in which convolutions and matrix products compute: torch.bfloat16 or torch.float16.
     Returns {"train_loss", "train_top1"}: means over the epoch, the loss being what is minimised, label smoothing included.
     """
-    loss_sum, right, count = 0.0, 0, 0
+    sums, processes, scaler = torch.zeros(3), data.processes()[1], None  # of loss, right ones, images
     for step, ((inputs, labels), factor) in enumerate(zip(batches, factors, strict=True), start=1):
+        # float16 ends at 6e-8: gradients are computed of a loss so much larger, and divided again before the step.
+        scaler = scaler or torch.amp.GradScaler(inputs.device.type, enabled=amp == torch.float16)
         for group in optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
-        logits = model(inputs)
-        # cross_entropy applies the softmax itself: its input is logits. Smoothing asks for 1 - s on the true class and
-        # shares s among all (Szegedy et al., arXiv:1512.00567, §7), so that logits need not grow for ever.
-        loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        with torch.autocast(inputs.device.type, amp, enabled=amp is not None):
+            logits = model(inputs)
+        loss = loss_function(logits.float(), labels)
+        count = torch.tensor(float(len(labels)), device=loss.device)
+        weight = 1.0
+        if processes > 1:  # gradients are averaged over processes: a process with fewer images must count less
+            together = count.clone()
+            distributed.all_reduce(together)
+            weight = processes * count / together
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss * weight).backward()
+        scaler.step(optimizer)
+        scaler.update()
         # Sums stay tensors until the end: .item() would make a GPU wait at every step.
-        loss_sum += loss.detach() * len(labels)
-        right += (logits.detach().argmax(dim=1) == labels).sum()
-        count += len(labels)
-        progress(step)
-    return {"train_loss": float(loss_sum) / count, "train_top1": int(right) / count}
+        right = (logits.detach().argmax(dim=1) == labels).sum()
+        sums = sums.to(loss.device) + torch.stack([loss.detach() * count, right, count])
+        progress(step, loss.detach())
+    if processes > 1:
+        distributed.all_reduce(sums)
+    loss_sum, right, count = sums.tolist()
+    return {"train_loss": loss_sum / count, "train_top1": right / count}
 
 
 class Run:
     """What a run leaves in its folder: last.pt and log.csv after every epoch, best.pt when it is the best, curves.png.
 
     best.pt is what the next script takes: the epoch of the highest validation accuracy, and among equals the latest, which
-    learned at the lowest rate. last.pt is the latest epoch, good or bad.
+    learned at the lowest rate. last.pt is the latest epoch, good or bad, with what --resume needs: the optimiser's
+    state and the settings. No random state: every epoch draws from seeds of its own, so that a run which goes on
+    ends in the same bits as one that was never interrupted. Of several processes only the first writes.
     """
 
-    def __init__(self, folder, model, dataset):
-        self.folder, self.model, self.dataset = Path(folder), model, dataset
-        self.history = []
-        self.best = 0.0
-        self.started = time.perf_counter()
+    def __init__(self, args, model, dataset):
+        self.args, self.model, self.dataset, self.folder = args, model, dataset, args.out
+        self.history, self.best, self.state, self.started = [], 0.0, None, time.perf_counter()
+        passing = ("out", "resume", "overwrite", "workers", "data_dir")  # what does not change the result
+        self.settings = {name: str(value) for name, value in vars(args).items() if name not in passing}
+        self.settings["processes"] = str(data.processes()[1])
+        last = self.folder / "last.pt"
+        if args.resume:
+            self.restore(last)
+        elif last.exists() and not args.overwrite:
+            raise data.DataError(f"'{self.folder}' holds a run: --resume it, --overwrite it, or name another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def begin_stage(self, stage, epochs):
-        """Begin a stage of `epochs` epochs; what the log calls them is `stage`."""
-        self.stage, self.epochs, self.done, self.stage_started = stage, epochs, 0, time.perf_counter()
+    def restore(self, path):
+        """Go back to where `path` was written. Raises DataError unless it was written with the same settings."""
+        if not path.exists():
+            raise data.DataError(f"there is no run to resume in '{self.folder}': name its folder with --out")
+        model, checkpoint = load_checkpoint(path)
+        settings = checkpoint.get("settings", {})
+        names = [name for name in self.settings | settings if self.settings.get(name) != settings.get(name)]
+        if names:
+            was = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in names)
+            raise data.DataError(f"'{path}' was made with {was}: give the same to --resume it, or --overwrite it")
+        self.model.load_state_dict(model.state_dict())
+        self.history, self.state = checkpoint["history"], checkpoint["state"]
+        self.best = max(row["val_top1"] for row in self.history)
+
+    def begin_stage(self, stage, epochs, optimizer):
+        """Begin a stage of `epochs` epochs, called `stage` in the log. Returns how many of them are done already."""
+        self.stage, self.epochs, self.done, self.optimizer = stage, epochs, 0, optimizer
+        if self.state and self.state["stage"] == stage:
+            optimizer.load_state_dict(self.state["optimizer"])
+            self.done = self.state["done"]
+        self.begun, self.stage_started = self.done, time.perf_counter()
+        return self.done
 
     def begin_epoch(self, images, steps):
         """Begin an epoch that trains on so many images in so many steps."""
-        self.images, self.steps, self.epoch_started = images, steps, time.perf_counter()
+        self.images, self.steps, self.losses, self.epoch_started = images, steps, [], time.perf_counter()
 
-    def save(self, name):
-        save_checkpoint(self.folder / name, self.model, self.dataset.classes, self.dataset.preprocessing, self.history)
+    def save(self, name, **more):
+        if data.processes()[0] == 0:
+            dataset = self.dataset
+            save_checkpoint(
+                self.folder / name, self.model, dataset.classes, dataset.preprocessing, self.history, **more
+            )
 
     def eta(self, part=0.0):
         """Time left in the stage, as its epochs so far and the `part` of the one that runs lead to expect."""
         done = self.done + part
-        left = (time.perf_counter() - self.stage_started) / done * (self.epochs - done)
+        left = (time.perf_counter() - self.stage_started) / (done - self.begun) * (self.epochs - done)
         return f"ETA {int(left) // 60}:{int(left) % 60:02d}"
 
-    def progress(self, step):
-        """A line that overwrites itself, on a terminal only: a file gets one line an epoch."""
+    def progress(self, step, loss):
+        """A line that overwrites itself, on a terminal only. Raises DataError when a loss is not finite."""
+        self.losses.append(loss)
+        if step % 50 == 0 or step == self.steps:  # not at every step, for which a GPU would have to wait
+            wrong = (~torch.stack(self.losses).isfinite()).nonzero()
+            if len(wrong):
+                self.stop(f"step {int(wrong[0]) + 1}")
         if sys.stdout.isatty():
             part = step / self.steps
             rate = part * self.images / (time.perf_counter() - self.epoch_started)
             where = f"{self.stage} {self.done + 1}/{self.epochs}  {part:4.0%}"
             print(f"\r{where}  {rate:.0f} images/s  {self.eta(part)} ", end="", flush=True)
 
-    def end_epoch(self, row, seconds):
-        """Record an epoch: its scores, and the seconds that its training took.
+    def stop(self, where):
+        where = f"{self.stage} {self.done + 1}/{self.epochs}, {where},"
+        raise data.DataError(f"the loss of {where} is not finite: lower --learning-rate (the epochs before are kept)")
 
-        Raises DataError, and writes nothing, when a loss is not finite.
-        """
-        if not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])):
-            where = f"{self.stage} {self.done + 1}/{self.epochs}"
-            raise data.DataError(f"the loss of {where} is not finite: lower --learning-rate (what was saved is kept)")
+    def end_epoch(self, row, seconds):
+        """Record an epoch: its scores, and the seconds that its training took."""
+        if not math.isfinite(row["val_loss"]):
+            self.stop("validation")
         self.done += 1
-        row = {"epoch": len(self.history) + 1, "stage": self.stage} | row
-        self.history.append(row)
+        self.history.append({"epoch": len(self.history) + 1, "stage": self.stage} | row)
         if row["val_top1"] >= self.best:
             self.best = row["val_top1"]
             self.save("best.pt")
-        self.save("last.pt")
-        # Seconds are in the log only: checkpoints of equal runs are equal.
-        first = len(self.history) == 1
-        with open(self.folder / "log.csv", "w" if first else "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerows([[*row, "seconds"]] if first else [])
-            writer.writerow([*row.values(), f"{seconds:.2f}"])
+        state = {"stage": self.stage, "done": self.done, "optimizer": self.optimizer.state_dict()}
+        self.save("last.pt", settings=self.settings, state=state)
+        self.write_log()
         clear = "\r\033[K" if sys.stdout.isatty() else ""
         print(
             f"{clear}{self.stage} {self.done}/{self.epochs}"
@@ -144,14 +256,26 @@ class Run:
             f"  val loss {row['val_loss']:.3f} top1 {row['val_top1']:.2%}  {self.images / seconds:.0f} images/s  {self.eta()}",
             flush=True,
         )
+        if data.processes()[1] > 1:
+            distributed.barrier()  # nobody reads what is still being written
+
+    def write_log(self):
+        """log.csv: the history, a row an epoch."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.history[0])
+        writer.writeheader()
+        writer.writerows(self.history)
+        if data.processes()[0] == 0:
+            write_file(self.folder / "log.csv", text.getvalue().encode())
 
     def finish(self):
-        plot_history(self.history, self.folder / "curves.png")
+        if data.processes()[0] == 0:
+            plot_history(self.history, self.folder / "curves.png")
         print(f"best validation accuracy {self.best:.2%}, {time.perf_counter() - self.started:.0f} s")
         print(f"wrote best.pt, last.pt, log.csv and curves.png to {self.folder}")
 
 
-def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
+def fit(run, stage, network, trained, train, val, optimizer, epochs):
     """Train `network` for some epochs and record each of them in `run`.
 
     Args:
@@ -160,30 +284,66 @@ def fit(run, stage, network, trained, train, val, optimizer, args, epochs):
         train, val: splits, in what form the network takes them.
         optimizer: its groups come from `parameter_groups`.
     """
-    steps = train.steps()
-    run.begin_stage(stage, epochs)
-    for epoch in range(epochs):
+    steps, args = train.steps(), run.args
+    loss_function, amp = (
+        choose_loss(args),
+        {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[args.amp],
+    )
+    several = data.processes()[1] > 1
+    parallel = DistributedDataParallel(network) if several else network
+    for epoch in range(run.begin_stage(stage, epochs, optimizer), epochs):
         run.begin_epoch(train.epoch_size(), steps)
+        torch.manual_seed(data.mix(args.seed, stage, epoch, data.processes(), "dropout"))
         network.eval()
         for module in trained:
             module.train()
-        factors = [cosine(epoch * steps + step, epochs * steps) for step in range(steps)]
-        row = train_epoch(network, train.batches(epoch), optimizer, factors, args.label_smoothing, run.progress)
+        factors = schedule(args.schedule, epoch, epochs, steps)
+        row = train_epoch(parallel, train.batches(epoch), optimizer, factors, loss_function, run.progress, amp)
+        average_statistics(network)
         seconds = time.perf_counter() - run.epoch_started
         scores = score(*predict(network, val))
-        run.end_epoch(row | {"val_loss": scores["loss"], "val_top1": scores["top1"]}, seconds)
+        rate = optimizer.param_groups[-1]["lr"]
+        run.end_epoch(row | {"val_loss": scores["loss"], "val_top1": scores["top1"], "learning_rate": rate}, seconds)
+
+
+def average_statistics(network):
+    """Give all processes the mean of their BatchNorm statistics: each of them has seen other images."""
+    count = data.processes()[1]
+    for buffer in network.buffers():
+        if count > 1 and buffer.is_floating_point():
+            distributed.all_reduce(buffer)
+            buffer /= count
+
+
+def begin(args):
+    """Join the processes that torchrun has started, if it has, and seed the first weights. Returns the device."""
+    torch.manual_seed(args.seed)
+    device = data.choose_device(args.device)
+    if "LOCAL_RANK" in os.environ and data.processes() == (0, 1):
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if args.batch_size < 2 * data.processes()[1]:
+            raise data.DataError("--batch-size is that of all processes together: at least two images for each")
+        if data.processes()[0] > 0:
+            sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+    return device
 
 
 def main():
     parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train", batch_size=64)
     data.add_training_options(parser, epochs=5, learning_rate=0.1, weight_decay=4e-5)
+    parser.add_argument("--recipe", choices=RECIPES, default="small", help="what the options in it are by default")
+    parser.add_argument("--optimizer", choices=("sgd", "rmsprop"), help="sgd: with Nesterov's momentum")
+    parser.add_argument("--schedule", choices=("cosine", "exponential"), help="of the learning rate")
     data.add_number(parser, "--width", float, 0.05, 4, 0.5, "width multiplier")
     text = "32 for photos, less for small images"
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help=text)
+    parser.set_defaults(**RECIPES["small"])
+    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
-    device = data.choose_device(args.device)
-    torch.manual_seed(args.seed)
-
+    device = begin(args)
     dataset = data.load_for(args, device=device)
     print(
         f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
@@ -192,14 +352,17 @@ def main():
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
     model.to(device, memory_format=torch.channels_last)
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    if args.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)  # eps as in TensorFlow's models/slim
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
-    run = Run(args.out, model, dataset)
-    fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args, args.epochs)
+    run = Run(args, model, dataset)
+    fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args.epochs)
     run.finish()
     print(f"next: python evaluate.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} {data.data_options(args)}")
     print(f"  or: python finetune.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} --data NAME_OR_FOLDER")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run(main, CheckpointError)

@@ -144,7 +144,11 @@ def test_as_many_classes_with_other_names_get_a_fresh_classifier(tmp_path, call,
     scores = dict.fromkeys(("train_loss", "train_top1", "val_loss", "val_top1"), 0.5)
 
     def train_nothing(run, *_):
-        run.begin_stage("head", 1), run.begin_epoch(1, 1), run.end_epoch(scores, 1)
+        (
+            run.begin_stage("head", 1, torch.optim.SGD(run.model.parameters())),
+            run.begin_epoch(1, 1),
+            run.end_epoch(scores, 1),
+        )
 
     monkeypatch.setattr(finetune, "train_blocks", lambda *_: None)
     monkeypatch.setattr(finetune, "train_head", train_nothing)

@@ -2,6 +2,13 @@
 
 import csv
 import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +30,65 @@ def test_the_schedule_is_a_warm_up_and_a_cosine():
     assert train.cosine(0, 1) > 0  # the shortest of all runs learns, too
 
 
+def test_the_schedules_of_the_recipes_step_by_step():
+    whole = [factor for epoch in range(3) for factor in train.schedule("cosine", epoch, 3, 7)]
+    assert whole == [train.cosine(step, 21) for step in range(21)]
+    paper = [train.schedule("exponential", epoch, 300, 5) for epoch in range(4)]
+    assert paper == [[pytest.approx(0.98**epoch)] * 5 for epoch in range(4)]
+    assert 0.045 * train.schedule("exponential", 34, 300, 1)[0] == pytest.approx(
+        0.0226, abs=1e-4
+    )  # halved in 34 epochs
+
+
+@pytest.mark.parametrize(
+    "arguments, optimizer, expected",
+    [
+        ((), torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}),
+        (("--recipe", "cosine"), torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 4e-5}),
+        (
+            ("--recipe", "paper"),
+            torch.optim.RMSprop,
+            {"lr": 0.045, "momentum": 0.9, "alpha": 0.9, "weight_decay": 4e-5},
+        ),
+        (("--recipe", "paper", "--learning-rate", 0.01), torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9}),
+        (("--optimizer", "rmsprop"), torch.optim.RMSprop, {"lr": 0.1, "alpha": 0.9}),
+    ],
+)
+def test_a_recipe_is_what_its_source_says_and_options_override_it(
+    arguments, optimizer, expected, tmp_path, call, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda *arguments: seen.extend(arguments))
+    monkeypatch.setattr(train.Run, "finish", lambda run: None)
+    code, *_ = call(train, "--data", "digits", *arguments, "--out", tmp_path)
+    assert code == 0 and type(seen[-2]) is optimizer
+    assert {name: seen[-2].param_groups[0][name] for name in expected} == expected
+    assert seen[-2].param_groups[1]["weight_decay"] == 0
+
+
+def test_focal_loss_is_its_formula_and_with_gamma_0_cross_entropy():
+    logits, labels = torch.randn(6, 4, dtype=torch.double), torch.tensor([0, 1, 2, 3, 0, 0])
+    p = [logits[n].exp()[labels[n]] / logits[n].exp().sum() for n in range(6)]
+    assert train.focal_loss(logits, labels) == pytest.approx(sum(-((1 - q) ** 2) * q.log() for q in p) / 6)
+    torch.testing.assert_close(train.focal_loss(logits, labels, 0), nn.functional.cross_entropy(logits, labels))
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: train.focal_loss(x, labels), logits)
+
+
+def test_dice_loss_is_its_formula():
+    logits, labels = torch.randn(6, 4, dtype=torch.double), torch.tensor([0, 1, 2, 2, 0, 0])  # class 3 is absent
+    p = logits.softmax(1)
+    dice = 0
+    for c in range(4):
+        products = sum(p[n, c] for n in range(6) if labels[n] == c)
+        squares = sum(p[n, c] ** 2 for n in range(6)) + sum(1 for n in range(6) if labels[n] == c)
+        dice += (2 * products + 1) / (squares + 1) / 4
+    assert train.dice_loss(logits, labels) == pytest.approx(1 - dice)
+    assert train.dice_loss(100 * nn.functional.one_hot(labels, 4).double(), labels) == pytest.approx(0, abs=1e-9)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: train.dice_loss(x, labels), logits)
+
+
 def test_weight_decay_is_for_convolutions_and_linear_layers_only():
     model = MobileNetV2(num_classes=5)
     decayed, plain = train.parameter_groups(model.parameters(), 0.1, 4e-5)
@@ -39,8 +105,8 @@ def test_an_epoch_is_plain_sgd_with_the_rate_of_the_schedule():
     twin.load_state_dict(model.state_dict())
     batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(3)]
     optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 0.5, 0.01), lr=0.5)
-    steps = []
-    scores = train.train_epoch(model, batches, optimizer, [1, 1 / 2, 1 / 3], 0.1, steps.append)
+    steps, loss = [], train.choose_loss(SimpleNamespace(loss="cross-entropy", label_smoothing=0.1))
+    scores = train.train_epoch(model, batches, optimizer, [1, 1 / 2, 1 / 3], loss, lambda *step: steps.append(step))
 
     losses, right = [], 0
     for step, (inputs, labels) in enumerate(batches):
@@ -58,16 +124,20 @@ def test_an_epoch_is_plain_sgd_with_the_rate_of_the_schedule():
     torch.testing.assert_close(model.weight, twin.weight)
     torch.testing.assert_close(model.bias, twin.bias)
     assert scores == {"train_loss": pytest.approx(sum(losses) / 3), "train_top1": right / 24}
-    assert steps == [1, 2, 3]
+    assert [step for step, _ in steps] == [1, 2, 3]
+    assert [loss.item() for _, loss in steps] == pytest.approx(losses)
 
 
 def test_a_run_leaves_its_files(trained):
     assert sorted(path.name for path in trained.iterdir()) == ["best.pt", "curves.png", "last.pt", "log.csv"]
     with open(trained / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = ["epoch", "stage", "train_loss", "train_top1", "val_loss", "val_top1", "seconds"]
+    columns = ["epoch", "stage", "train_loss", "train_top1", "val_loss", "val_top1", "learning_rate"]
     assert [list(row) for row in rows] == [columns] * 2
     assert [row["epoch"] for row in rows] == ["1", "2"]
+    steps = 714 // 64 + 1
+    expected = [0.1 * train.cosine(last, 2 * steps) for last in (steps - 1, 2 * steps - 1)]
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx(expected)
     model, checkpoint = load_checkpoint(trained / "last.pt")
     assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in checkpoint["history"]]
     assert checkpoint["classes"] == list("0123456789") and checkpoint["preprocessing"]["image_size"] == 16
@@ -92,7 +162,10 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(trained
     assert (tmp_path / "other" / "last.pt").read_bytes() != (trained / "last.pt").read_bytes()
 
 
-def test_training_learns(tmp_path):
+@pytest.mark.parametrize(
+    "loss, amp", (("cross-entropy", "off"), ("focal", "off"), ("dice", "off"), ("cross-entropy", "bfloat16"))
+)
+def test_training_learns(loss, amp, tmp_path):
     """Bars that stand and bars that lie, distorted like letters: the whole loop tells them apart."""
     images = torch.zeros(64, 1, 16, 16, dtype=torch.uint8)
     for index, position in enumerate(torch.randint(3, 11, (64,)).tolist()):
@@ -104,8 +177,10 @@ def test_training_learns(tmp_path):
     dataset = data.Data(["stands", "lies"], preprocessing, split, split, None)
     model = MobileNetV2(2, 0.35, output_stride=8).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 0.02, 4e-5), momentum=0.9)
-    run = train.Run(tmp_path, model, dataset)
-    train.fit(run, "scratch", model, [model], split, split, optimizer, SimpleNamespace(label_smoothing=0.1), 4)
+    args = SimpleNamespace(out=tmp_path, resume=False, overwrite=False, seed=0, amp=amp, schedule="cosine")
+    args.loss, args.label_smoothing = loss, 0.1
+    run = train.Run(args, model, dataset)
+    train.fit(run, "scratch", model, [model], split, split, optimizer, 4)
     assert run.history[-1]["val_top1"] > 0.9
     assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
 
@@ -145,17 +220,21 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("broken", ("train_epoch", "score"))
+@pytest.mark.parametrize("broken", ("choose_loss", "score"))
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(broken, tmp_path, call, monkeypatch):
-    real, names = getattr(train, broken), {"train_epoch": "train_loss", "score": "loss"}
+    real, calls = getattr(train, broken), []
 
     def diverge_later(*arguments):
-        result = real(*arguments)
-        return result | {names[broken]: math.nan} if (tmp_path / "last.pt").exists() else result
+        """Of 12 steps an epoch, the fifth of the second epoch loses itself; or the second validation."""
+        if broken == "score":
+            return real(*arguments) | ({"loss": math.nan} if (tmp_path / "last.pt").exists() else {})
+        loss = real(*arguments)
+        return lambda logits, labels: loss(logits, labels) * (math.inf if calls.append(0) or len(calls) == 17 else 1)
 
     monkeypatch.setattr(train, broken, diverge_later)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
-    assert code == 2 and "the loss of scratch 2/2 is not finite: lower --learning-rate" in err
+    where = {"choose_loss": "step 5", "score": "validation"}[broken]
+    assert code == 2 and f"the loss of scratch 2/2, {where}, is not finite: lower --learning-rate" in err
     for name in ("last.pt", "best.pt"):
         assert len(load_checkpoint(tmp_path / name)[1]["history"]) == 1
 
@@ -188,3 +267,131 @@ def test_too_little_memory_is_one_line(tmp_path, call, monkeypatch):
     monkeypatch.setattr(train, "train_epoch", refuse)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
     assert code == 2 and err == "train.py: not enough memory: lower --batch-size or --image-size\n"
+
+
+# ------------------------------------------------------------------------------------------- interrupt and resume
+
+RUN_SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+import data, train, finetune
+from mobilenetv2 import CheckpointError
+data.DIGITS_REPEATS = 1
+script = {"train": train, "finetune": finetune}[sys.argv.pop(1)]
+data.run(script.main, CheckpointError)
+"""
+SMALL_RUN = (*SMALL, *SMALL_NETWORK, "--epochs", "3")
+
+
+def start(*arguments, launcher=()):
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=data.DIGITS_FILE.parent, **pipes)
+
+
+def same(first, second):
+    """Whether two checkpoints hold the same, tensors bit for bit."""
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first.equal(second) if isinstance(first, torch.Tensor) else first == second
+
+
+@pytest.mark.parametrize("ending", (signal.SIGKILL, signal.SIGTERM))
+def test_a_killed_run_goes_on_to_the_same_bits(ending, tmp_path, call):
+    """Killed at a moment that differs from test run to test run; wherever that is, the end is the same."""
+    process = start("-c", RUN_SCRIPT, "train", *SMALL_RUN, "--out", tmp_path / "killed")
+    while not (tmp_path / "killed" / "last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    time.sleep(random.SystemRandom().uniform(0, 0.5))
+    process.send_signal(ending)
+    _, error = process.communicate()
+    if ending == signal.SIGTERM and process.returncode != 0:
+        assert process.returncode == 2 and "interrupted" in error and len(error.splitlines()) == 1
+    assert len(load_checkpoint(tmp_path / "killed" / "last.pt")[1]["history"]) >= 1
+    assert call(train, *SMALL_RUN, "--out", tmp_path / "killed", "--resume")[0] == 0
+    assert call(train, *SMALL_RUN, "--out", tmp_path / "whole")[0] == 0
+    for name in ("last.pt", "best.pt"):
+        first, second = (torch.load(tmp_path / run / name, weights_only=True) for run in ("killed", "whole"))
+        assert same(first, second), name
+    assert (tmp_path / "killed" / "log.csv").read_bytes() == (tmp_path / "whole" / "log.csv").read_bytes()
+
+
+def test_resume_wants_the_same_settings_and_another_run_is_not_overwritten(trained, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = (*SMALL, *SMALL_NETWORK, "--out", folder)
+    for arguments, message in (
+        ((), "holds a run: --resume it, --overwrite it, or name another --out"),
+        (
+            ("--resume", "--seed", 1, "--learning-rate", 0.3),
+            "was made with --seed 0, --learning-rate 0.1: give the same",
+        ),
+        (("--resume", "--out", tmp_path / "none"), "no run to resume in"),
+    ):
+        code, _, error = call(train, *command, *arguments)
+        assert code == 2 and message in error and len(error.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert call(train, *command, "--resume", "--workers", 0)[0] == 0  # a run that is complete stays as it is
+    assert (folder / "last.pt").read_bytes() == before["last.pt"]
+    assert call(train, *command, "--overwrite", "--seed", 1)[0] == 0
+    assert (folder / "last.pt").read_bytes() != before["last.pt"]
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("count, batch_size", ((2, 64), (3, 50), (4, 8)))
+def test_processes_share_every_batch_and_see_each_image_once(count, batch_size, monkeypatch):
+    split = replace(data.load_data("digits", batch_size=batch_size).train, repeats=1)
+    for epoch in (None, 3):
+        monkeypatch.setattr(data, "processes", lambda: (0, 1))
+        alone = split.indices(epoch)
+        shares = []
+        for rank in range(count):
+            monkeypatch.setattr(data, "processes", lambda rank=rank: (rank, count))
+            shares.append(split.indices(epoch))
+            assert epoch is None or (len(shares[-1]) == split.steps() and all(len(batch) > 1 for batch in shares[-1]))
+        seen = torch.cat([batch for share in shares for batch in share])
+        assert seen.sort().values.equal(torch.arange(len(split)))
+        first = torch.cat([share[0] for share in shares]).sort().values
+        assert first.equal(alone[0].sort().values)  # the batch is the same; only who computes it differs
+
+
+TWO_PROCESSES = """
+import hashlib, os, sys, torch
+torch.set_num_threads(1)
+import data, train, evaluate
+data.DIGITS_REPEATS = 1
+end_epoch = train.Run.end_epoch
+
+def end_and_note(run, row, seconds):
+    end_epoch(run, row, seconds)
+    state = b"".join(tensor.numpy().tobytes() for tensor in run.model.state_dict().values())
+    with open(f"{run.folder}/{data.processes()[0]}.txt", "a") as file:
+        print(hashlib.sha256(state).hexdigest(), row, file=file)
+
+train.Run.end_epoch = end_and_note
+data.run(train.main)
+"""
+
+
+def test_two_processes_train_one_network(tmp_path):
+    (tmp_path / "script.py").write_text(
+        f"import sys; sys.path.insert(0, {str(data.DIGITS_FILE.parent)!r})\n{TWO_PROCESSES}"
+    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    process = start(tmp_path / "script.py", *SMALL_RUN, "--out", tmp_path / "run", launcher=map(str, launcher))
+    output, error = process.communicate(timeout=100)
+    assert process.returncode == 0, error
+    first, second = ((tmp_path / "run" / f"{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert first == second and len(first) == 3  # weights, statistics and scores, bit by bit, after each epoch
+    assert len([line for line in output.splitlines() if line.startswith("scratch 3/3")]) == 1  # one speaks for both
+    model, checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    dataset = data.load_data("digits", checkpoint["preprocessing"])
+    scores = train.score(*train.predict(model, dataset.val))
+    assert checkpoint["history"][-1]["val_top1"] == scores["top1"]  # each image counted, and once
+    assert checkpoint["history"][-1]["val_loss"] == pytest.approx(scores["loss"], rel=1e-5)
