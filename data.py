@@ -902,7 +902,7 @@ def run(main, *errors):
         main()
         return
     except KeyboardInterrupt:
-        message = "interrupted; the checkpoints it had written are whole"
+        message = "interrupted; what it had written is whole (train.py and finetune.py go on with --resume)"
     except (DataError, *errors) as error:
         message = str(error)
     except OSError as error:

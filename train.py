@@ -47,7 +47,7 @@ RECIPES = {
         "batch_size": 96,
         "epochs": 300,
     },
-    # https://github.com/d-li14/mobilenetv2.pytorch, which reports 72.19% on ImageNet with it.
+    # https://github.com/d-li14/mobilenetv2.pytorch, which reports 72% on ImageNet with it.
     "cosine": {
         "optimizer": "sgd",
         "schedule": "cosine",

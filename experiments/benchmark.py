@@ -3,6 +3,7 @@
     python experiments/benchmark.py small --data-dir /usr/share/datasets/fashion-mnist
     python experiments/benchmark.py photos --photos path/to/class/folders
     python experiments/benchmark.py memory
+    python experiments/benchmark.py training --data-dir /usr/share/datasets/fashion-mnist
 
 Every row is the median of several rounds, and the ways take turns within a round: what else the machine does, it does to all.
 """
@@ -14,16 +15,20 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision import datasets, transforms
+from torchvision.models import mobilenet_v2
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import train  # noqa: E402
+from mobilenetv2 import MobileNetV2  # noqa: E402
 
 ROUNDS = 3
 
@@ -31,7 +36,7 @@ ROUNDS = 3
 def images_per_second(batches):
     """Walk once through an iterable of (images, labels)."""
     start = time.perf_counter()
-    count = sum(len(images) for images, _ in batches)
+    count = sum(len(labels) for _, labels in batches)
     return count / (time.perf_counter() - start)
 
 
@@ -56,15 +61,20 @@ def write_idx(path, array):
     path.write_bytes(head + array.to(torch.uint8).numpy().tobytes())
 
 
+def write_fashion_mnist(folder, data_dir):
+    """As torchvision wants it: unpacked, in a folder of its own."""
+    raw = Path(folder, "FashionMNIST", "raw")
+    raw.mkdir(parents=True)
+    (images, labels), test, _ = data.read_mnist(datasets.FashionMNIST, data_dir)
+    for name, array in zip(data.IDX_FILES, (images[:, 0], labels, test[0][:, 0], test[1]), strict=True):
+        write_idx(raw / name, array)
+
+
 def small(args):
     """Fashion-MNIST at 32 pixels with augmentation, beside torchvision's data set with the same transforms one by one."""
     split = data.load_data("fashion-mnist", batch_size=128, data_dir=args.data_dir).train
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder, "FashionMNIST", "raw")
-        raw.mkdir(parents=True)
-        (images, labels), test, _ = data.read_mnist(datasets.FashionMNIST, args.data_dir)
-        for name, array in zip(data.IDX_FILES, (images[:, 0], labels, test[0][:, 0], test[1]), strict=True):
-            write_idx(raw / name, array)  # torchvision wants them unpacked, in a folder of its own
+        write_fashion_mnist(folder, args.data_dir)
         mean, deviation = split.preprocessing["mean"], split.preprocessing["std"]
         tail = [transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize(mean, deviation)]
         random = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
@@ -83,7 +93,7 @@ def small(args):
             return lambda: DataLoader(usual, batch_size=128, shuffle=True, num_workers=workers)
 
         ways = {f"DataLoader(datasets.FashionMNIST), {n} workers": loader(n) for n in (0, 1, 2, 4)}
-        compare("small images", ways | {"data.py": lambda: split.batches(0)})
+        compare("small images", ways | {"data.py": partial(split.batches, 0)})
 
 
 def make_photos(folder, count, size):
@@ -99,22 +109,24 @@ def make_photos(folder, count, size):
         v2.functional.to_pil_image(picture).save(path, quality=90)
 
 
+def photo_ways(folder, size, batch_size):
+    """The same files with the same transforms as torchvision's ImageFolder, and as a split of data.py."""
+    split = data.load_data(folder, {"image_size": size}, batch_size=batch_size).train
+    mean, deviation = split.preprocessing["mean"], split.preprocessing["std"]
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, deviation)])
+    usual = datasets.ImageFolder(folder, transform=v2.Compose([data.photo_transform(size, training=True), normalise]))
+    chosen = {str(path) for path in split.images}
+    return Subset(usual, [index for index, (path, _) in enumerate(usual.samples) if path in chosen]), split
+
+
 def compare_photos(title, folder, repeats, batch_size):
     """Files -> augmented batches of 160 pixels, beside ImageFolder with the same transforms, files and workers."""
-    split = replace(data.load_data(folder, {"image_size": 160}, batch_size=batch_size).train, repeats=repeats)
-    normalise = v2.Compose(
-        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*map(split.preprocessing.get, ("mean", "std")))]
-    )
-    usual = datasets.ImageFolder(folder, transform=v2.Compose([data.photo_transform(160, training=True), normalise]))
-    chosen = {str(path) for path in split.images}
-    usual = Subset(usual, [index for index, (path, _) in enumerate(usual.samples) if path in chosen])
-    usual = ConcatDataset([usual] * repeats)
-    ways = {}
+    usual, split = photo_ways(folder, 160, batch_size)
+    usual, split, ways = ConcatDataset([usual] * repeats), replace(split, repeats=repeats), {}
     for workers in (0, 2):
-        ways[f"DataLoader(datasets.ImageFolder), {workers} workers"] = lambda workers=workers: DataLoader(
-            usual, batch_size=batch_size, shuffle=True, num_workers=workers
-        )
-        ways[f"data.py, {workers} workers"] = lambda workers=workers: replace(split, workers=workers).batches(0)
+        loader = DataLoader(usual, batch_size=batch_size, shuffle=True, num_workers=workers)
+        ways[f"DataLoader(datasets.ImageFolder), {workers} workers"] = partial(iter, loader)
+        ways[f"data.py, {workers} workers"] = partial(replace(split, workers=workers).batches, 0)
     compare(title, ways)
 
 
@@ -152,8 +164,88 @@ def memory(_):
         subprocess.run([sys.executable, "-c", MEASURE_MEMORY, folder], check=True, cwd=Path(data.__file__).parent)
 
 
+def usual_training(loader, classes):
+    """A generator of (images, labels) after a step with each: torchvision's network in the loop of the tutorials."""
+    torch.manual_seed(0)
+    network = mobilenet_v2(num_classes=classes)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    loss_sum = 0.0
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item()
+        yield images, labels
+
+
+def our_training(batches, classes):
+    """The same with train_epoch, on the same architecture."""
+    torch.manual_seed(0)
+    network = MobileNetV2(classes).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 0.01, 0), momentum=0.9, nesterov=True)
+    for images, labels in batches:
+        train.train_epoch(
+            network, [(images, labels)], optimizer, [1.0], torch.nn.functional.cross_entropy, lambda *_: None
+        )
+        yield images, labels
+
+
+def shares_of_a_step(batches, classes):
+    """Print where the time of our steps goes."""
+    network = MobileNetV2(classes).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    spent, now = {"data": 0.0, "forward": 0.0, "backward": 0.0, "optimiser": 0.0}, time.perf_counter()
+
+    def note(part):
+        nonlocal now
+        spent[part], now = spent[part] + time.perf_counter() - now, time.perf_counter()
+
+    for images, labels in batches:
+        note("data")
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        note("forward")
+        optimizer.zero_grad()
+        loss.backward()
+        note("backward")
+        optimizer.step()
+        note("optimiser")
+    whole = sum(spent.values())
+    print("  where our time goes: " + ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in spent.items()))
+
+
+def training(args):
+    """Whole training steps, data included, beside torchvision's network in the usual loop, width 1, output stride 32."""
+    some = 64 * 20
+    split = data.load_data("fashion-mnist", batch_size=64, data_dir=args.data_dir).train
+    split = split.subset(torch.arange(some))
+    mean, deviation = split.preprocessing["mean"], split.preprocessing["std"]
+    steps = [transforms.Resize(32), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    steps += [transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize(mean, deviation)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_fashion_mnist(folder, args.data_dir)
+        usual = Subset(datasets.FashionMNIST(folder, transform=transforms.Compose(steps)), range(some))
+        ways = {}
+        for workers in (0, 2):
+            loader = DataLoader(usual, batch_size=64, shuffle=True, num_workers=workers)
+            ways[f"torchvision, usual loop, {workers} workers"] = partial(usual_training, loader, 10)
+        ways["data.py and train.py"] = lambda: our_training(split.batches(0), 10)
+        compare("training at 32 pixels, batches of 64", ways)
+        shares_of_a_step(split.batches(0), 10)
+    with tempfile.TemporaryDirectory() as folder:
+        make_photos(folder, 80, (256, 320))
+        usual, split = photo_ways(folder, 224, 16)
+        ways = {}
+        for workers in (0, 2):
+            loader = DataLoader(usual, batch_size=16, shuffle=True, num_workers=workers)
+            ways[f"torchvision, usual loop, {workers} workers"] = partial(usual_training, loader, 2)
+        ways["data.py and train.py, 2 workers"] = lambda: our_training(replace(split, workers=2).batches(0), 2)
+        compare("training at 224 pixels, batches of 16", ways)
+        shares_of_a_step(replace(split, workers=2).batches(0), 2)
+
+
 def main():
-    questions = {"small": small, "photos": photos, "memory": memory}
+    questions = {"small": small, "photos": photos, "memory": memory, "training": training}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", help="what to measure; nothing: everything")
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where Fashion-MNIST is")
