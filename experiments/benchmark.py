@@ -239,9 +239,10 @@ def training(args):
         for workers in (0, 2):
             loader = DataLoader(usual, batch_size=16, shuffle=True, num_workers=workers)
             ways[f"torchvision, usual loop, {workers} workers"] = partial(usual_training, loader, 2)
-        ways["data.py and train.py, 2 workers"] = lambda: our_training(replace(split, workers=2).batches(0), 2)
+            batches = partial(replace(split, workers=workers).batches, 0)
+            ways[f"data.py and train.py, {workers} workers"] = lambda batches=batches: our_training(batches(), 2)
         compare("training at 224 pixels, batches of 16", ways)
-        shares_of_a_step(replace(split, workers=2).batches(0), 2)
+        shares_of_a_step(split.batches(0), 2)
 
 
 def main():

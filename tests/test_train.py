@@ -162,9 +162,7 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(trained
     assert (tmp_path / "other" / "last.pt").read_bytes() != (trained / "last.pt").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "loss, amp", (("cross-entropy", "off"), ("focal", "off"), ("dice", "off"), ("cross-entropy", "bfloat16"))
-)
+@pytest.mark.parametrize("loss, amp", (("cross-entropy", "off"), ("dice", "off"), ("cross-entropy", "bfloat16")))
 def test_training_learns(loss, amp, tmp_path):
     """Bars that stand and bars that lie, distorted like letters: the whole loop tells them apart."""
     images = torch.zeros(64, 1, 16, 16, dtype=torch.uint8)
@@ -384,12 +382,14 @@ def test_two_processes_train_one_network(tmp_path):
         f"import sys; sys.path.insert(0, {str(data.DIGITS_FILE.parent)!r})\n{TWO_PROCESSES}"
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    process = start(tmp_path / "script.py", *SMALL_RUN, "--out", tmp_path / "run", launcher=map(str, launcher))
+    process = start(
+        tmp_path / "script.py", *SMALL_RUN, "--epochs", 2, "--out", tmp_path / "run", launcher=map(str, launcher)
+    )
     output, error = process.communicate(timeout=100)
     assert process.returncode == 0, error
     first, second = ((tmp_path / "run" / f"{rank}.txt").read_text().splitlines() for rank in (0, 1))
-    assert first == second and len(first) == 3  # weights, statistics and scores, bit by bit, after each epoch
-    assert len([line for line in output.splitlines() if line.startswith("scratch 3/3")]) == 1  # one speaks for both
+    assert first == second and len(first) == 2  # weights, statistics and scores, bit by bit, after each epoch
+    assert len([line for line in output.splitlines() if line.startswith("scratch 2/2")]) == 1  # one speaks for both
     model, checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     dataset = data.load_data("digits", checkpoint["preprocessing"])
     scores = train.score(*train.predict(model, dataset.val))
