@@ -898,7 +898,8 @@ def run(main, *errors):
     These are DataError, OSError, an interrupt, too little memory, and `errors`.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted
-    sys.stdout.reconfigure(errors="replace")  # a console or a log file may not know all characters of class names
+    if hasattr(sys.stdout, "reconfigure"):  # a console or a log file may not know all characters of class names
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         return
