@@ -110,8 +110,9 @@ def main():
         replace_classifier(model, len(dataset.classes))
     model.to(device, memory_format=torch.channels_last)
     print(
-        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
-        f" of {dataset.preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width {model.arch['width_mult']:g}"
+        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
+        f" images of {dataset.preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width"
+        f" {model.arch['width_mult']:g}"
     )
 
     run = Run(args, model, dataset)
