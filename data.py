@@ -826,7 +826,7 @@ def add_number(parser, name, kind, low, high, default, text):
     parser.add_argument(name, type=parse, default=default, help=text)
 
 
-def command_line(description, data, out, batch_size):
+def command_line(description, data, out, batch_size=None):
     """A parser with the options that every script has, each named and explained once; the arguments are their defaults."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
@@ -857,13 +857,13 @@ def add_device_option(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def add_training_options(parser, epochs, learning_rate, weight_decay):
-    """The options that train.py and finetune.py share, beside those of every script."""
+def add_training_options(parser):
+    """The options that train.py and finetune.py share, beside those of every script; what they leave at None both set."""
     add_device_option(parser)
     add_image_options(parser)
-    add_number(parser, "--epochs", int, 1, 100_000, epochs, "passes over the images (finetune.py: in stage blocks)")
-    add_number(parser, "--learning-rate", float, 0, 100, learning_rate, "at its highest")
-    add_number(parser, "--weight-decay", float, 0, 1, weight_decay, "of weights, not of biases")
+    add_number(parser, "--epochs", int, 1, 100_000, None, "passes over the images (finetune.py: in stage blocks)")
+    add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
+    add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
     add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "probability that all classes share")
     text = "focal: hard images count more; dice: rare classes do"
     parser.add_argument("--loss", choices=("cross-entropy", "focal", "dice"), default="cross-entropy", help=text)

@@ -162,16 +162,21 @@ def plot_history(history, path):
 # -------------------------------------------------------------------------------------------------- the script
 
 
+def write_table(path, rows):
+    """Write lists of values, the first one the names of the columns, as a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_file(path, text.getvalue().encode())
+
+
 def write_predictions(path, split, logits, classes):
     """predictions.csv: a line an image, in the order of the split."""
     confidences, predictions = logits.softmax(dim=1).max(dim=1)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["image", "true", "predicted", "confidence"])
+    table = [["image", "true", "predicted", "confidence"]]
     rows = zip(range(len(split)), split.labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
     for index, label, guess, confidence in rows:
-        writer.writerow([split.name(index), classes[label], classes[guess], f"{confidence:.6f}"])
-    write_file(path, text.getvalue().encode())
+        table.append([split.name(index), classes[label], classes[guess], f"{confidence:.6f}"])
+    write_table(path, table)
 
 
 def load_for_evaluation(args, device):

@@ -44,9 +44,9 @@ def compute_features(model, split, passes=1):
     with torch.no_grad():
         for number in range(passes):
             for images, targets in split.batches(epoch=number if number > 0 else None):  # None: in order, as they are
-                features.append(model.features(images).cpu())
-                labels.append(targets.cpu())
-    images, labels = (data.gather(torch.cat(parts)).to(split.device) for parts in (features, labels))
+                features.append(model.features(images))
+                labels.append(targets)
+    images, labels = (data.gather(torch.cat(parts).cpu()).to(split.device) for parts in (features, labels))
     return Features(images=images, labels=labels, batch_size=split.batch_size, seed=split.seed)
 
 
@@ -91,13 +91,13 @@ def train_blocks(run, model, dataset, args):
 
 
 def main():
-    parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune", batch_size=64)
-    data.add_training_options(parser, epochs=10, learning_rate=0.002, weight_decay=0.01)
+    parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune")
+    data.add_training_options(parser)
+    parser.set_defaults(epochs=10, learning_rate=0.002, weight_decay=0.01, batch_size=64, schedule="cosine")
     text = "start: a checkpoint, a torchvision .pth, or imagenet"
     parser.add_argument("--checkpoint", default="runs/train/best.pt", help=text)
     data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
     data.add_number(parser, "--unfreeze", int, 0, 17, 14, "blocks that stage blocks trains")
-    parser.set_defaults(schedule="cosine")
     args = parser.parse_args()
     device = begin(args)
 

@@ -353,12 +353,9 @@ def check_checkpoint(checkpoint, path):
         raise CheckpointError(f"'{path}' contradicts itself: it names {named} classes for a network of {known}")
     mean, deviation = (checkpoint["preprocessing"].get(key) for key in ("mean", "std"))
     size, channels = (checkpoint["preprocessing"].get(key) for key in ("image_size", "channels"))
-    try:
-        usable = size > 0 and channels in (1, 3) and 0 not in deviation
-        usable = usable and len(mean) == len(deviation) == 3 and all(map(math.isfinite, [size, *mean, *deviation]))
-    except TypeError:
-        usable = False
-    if not usable:
+    numbers = [*mean, *deviation] if isinstance(mean, list) and isinstance(deviation, list) else []
+    usable = len(numbers) == 6 and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    if not (usable and 0 not in numbers[3:] and isinstance(size, int) and size > 0 and channels in (1, 3)):
         raise CheckpointError(f"'{path}' lacks a usable preprocessing (image_size, channels, mean, std): make it again")
 
 

@@ -9,8 +9,6 @@ The loop is in `train_epoch`; around it stand the recipes, the learning rate (`s
 behind (`Run`), and `main`, which reads from top to bottom as the story of a training.
 """
 
-import csv
-import io
 import math
 import os
 import shlex
@@ -24,8 +22,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from evaluate import plot_history, predict, score
-from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint, write_file
+from evaluate import plot_history, predict, score, write_table
+from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint
 
 # --recipe chooses one; every option given beside it overrides its own.
 RECIPES = {
@@ -248,7 +246,8 @@ class Run:
             self.save("best.pt")
         state = {"stage": self.stage, "done": self.done, "optimizer": self.optimizer.state_dict()}
         self.save("last.pt", settings=self.settings, state=state)
-        self.write_log()
+        if data.processes()[0] == 0:
+            write_table(self.folder / "log.csv", [self.history[0], *(row.values() for row in self.history)])
         clear = "\r\033[K" if sys.stdout.isatty() else ""
         print(
             f"{clear}{self.stage} {self.done}/{self.epochs}"
@@ -258,15 +257,6 @@ class Run:
         )
         if data.processes()[1] > 1:
             distributed.barrier()  # nobody reads what is still being written
-
-    def write_log(self):
-        """log.csv: the history, a row an epoch."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.history[0])
-        writer.writeheader()
-        writer.writerows(self.history)
-        if data.processes()[0] == 0:
-            write_file(self.folder / "log.csv", text.getvalue().encode())
 
     def finish(self):
         if data.processes()[0] == 0:
@@ -285,12 +275,8 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
         optimizer: its groups come from `parameter_groups`.
     """
     steps, args = train.steps(), run.args
-    loss_function, amp = (
-        choose_loss(args),
-        {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[args.amp],
-    )
-    several = data.processes()[1] > 1
-    parallel = DistributedDataParallel(network) if several else network
+    loss_function, amp = choose_loss(args), None if args.amp == "off" else getattr(torch, args.amp)
+    parallel = DistributedDataParallel(network) if data.processes()[1] > 1 else network
     for epoch in range(run.begin_stage(stage, epochs, optimizer), epochs):
         run.begin_epoch(train.epoch_size(), steps)
         torch.manual_seed(data.mix(args.seed, stage, epoch, data.processes(), "dropout"))
@@ -332,15 +318,15 @@ def begin(args):
 
 
 def main():
-    parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train", batch_size=64)
-    data.add_training_options(parser, epochs=5, learning_rate=0.1, weight_decay=4e-5)
+    parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train")
+    data.add_training_options(parser)
     parser.add_argument("--recipe", choices=RECIPES, default="small", help="what the options in it are by default")
     parser.add_argument("--optimizer", choices=("sgd", "rmsprop"), help="sgd: with Nesterov's momentum")
     parser.add_argument("--schedule", choices=("cosine", "exponential"), help="of the learning rate")
     data.add_number(parser, "--width", float, 0.05, 4, 0.5, "width multiplier")
     text = "32 for photos, less for small images"
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help=text)
-    parser.set_defaults(**RECIPES["small"])
+    parser.set_defaults(**RECIPES["small"])  # what --help shows
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
     device = begin(args)

@@ -70,21 +70,25 @@ def write_fashion_mnist(folder, data_dir):
         write_idx(raw / name, array)
 
 
+def fashion_mnist(folder, preprocessing, augmented):
+    """torchvision's data set with the transforms of the tutorials."""
+    random = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if augmented else []
+    normalise = transforms.Normalize(preprocessing["mean"], preprocessing["std"])
+    steps = [transforms.Resize(32), *random, transforms.Grayscale(3), transforms.ToTensor(), normalise]
+    return datasets.FashionMNIST(folder, transform=transforms.Compose(steps))
+
+
 def small(args):
     """Fashion-MNIST at 32 pixels with augmentation, beside torchvision's data set with the same transforms one by one."""
     split = data.load_data("fashion-mnist", batch_size=128, data_dir=args.data_dir).train
     with tempfile.TemporaryDirectory() as folder:
         write_fashion_mnist(folder, args.data_dir)
-        mean, deviation = split.preprocessing["mean"], split.preprocessing["std"]
-        tail = [transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize(mean, deviation)]
-        random = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        augmented = transforms.Compose([transforms.Resize(32), *random, *tail])
-        plain = datasets.FashionMNIST(folder, transform=transforms.Compose([transforms.Resize(32), *tail]))
-        usual = Subset(datasets.FashionMNIST(folder, transform=augmented), range(len(split)))
+        plain = fashion_mnist(folder, split.preprocessing, augmented=False)
+        usual = Subset(fashion_mnist(folder, split.preprocessing, augmented=True), range(len(split)))
 
         theirs = torch.stack([plain[index][0] for index in range(1000)])
         ours = next(replace(split, batch_size=1000).batches())[0]
-        levels = ((ours - theirs).abs() * deviation[0] * 255).max()
+        levels = ((ours - theirs).abs() * split.preprocessing["std"][0] * 255).max()
         if levels > 1.5:
             raise data.DataError(f"the two ways differ by {levels:.1f} of 255 grey levels")
         print(f"without augmentation both give the same 1,000 images to {levels:.1f} of 255 grey levels")
@@ -219,12 +223,9 @@ def training(args):
     some = 64 * 20
     split = data.load_data("fashion-mnist", batch_size=64, data_dir=args.data_dir).train
     split = split.subset(torch.arange(some))
-    mean, deviation = split.preprocessing["mean"], split.preprocessing["std"]
-    steps = [transforms.Resize(32), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    steps += [transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize(mean, deviation)]
     with tempfile.TemporaryDirectory() as folder:
         write_fashion_mnist(folder, args.data_dir)
-        usual = Subset(datasets.FashionMNIST(folder, transform=transforms.Compose(steps)), range(some))
+        usual = Subset(fashion_mnist(folder, split.preprocessing, augmented=True), range(some))
         ways = {}
         for workers in (0, 2):
             loader = DataLoader(usual, batch_size=64, shuffle=True, num_workers=workers)
