@@ -383,6 +383,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
         (lambda c: c["preprocessing"].update(mean=[0.5]), "lacks a usable preprocessing"),
         (lambda c: c["preprocessing"].update(std=[0.5, 0, 0.5]), "lacks a usable preprocessing"),
         (lambda c: c["preprocessing"].update(image_size="32"), "lacks a usable preprocessing"),
+        (lambda c: c["preprocessing"].update(image_size=32.5), "lacks a usable preprocessing"),
+        (lambda c: c["preprocessing"].update(std=(0.5, 0.5, 0.5)), "lacks a usable preprocessing"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, change, message):
