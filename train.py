@@ -17,7 +17,7 @@ import time
 from functools import partial
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -265,6 +265,24 @@ class Run:
         print(f"wrote best.pt, last.pt, log.csv and curves.png to {self.folder}")
 
 
+def pad_tiny_maps(network):
+    """Give depthwise convolutions their border of zeros with the input, where the map has 1 or 2 pixels a side.
+
+    The numbers stay the same. On CPUs with AVX2 and no AVX-512, oneDNN (3.12, in torch 2.14) takes 10 to 30 times as long
+    for the gradient of the weights if it adds the border to so small a map itself: whole steps at 32 pixels and output
+    stride 32 are 2.7 times as fast with it, those at output stride 16 by a sixth.
+    """
+
+    def forward(layer, x):
+        if x.shape[-1] > 2:
+            return nn.Conv2d.forward(layer, x)
+        return functional.conv2d(functional.pad(x, [1] * 4), layer.weight, None, layer.stride, groups=layer.groups)
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            layer.forward = partial(forward, layer)
+
+
 def fit(run, stage, network, trained, train, val, optimizer, epochs):
     """Train `network` for some epochs and record each of them in `run`.
 
@@ -275,6 +293,7 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
         optimizer: its groups come from `parameter_groups`.
     """
     steps, args = train.steps(), run.args
+    pad_tiny_maps(network)
     loss_function, amp = choose_loss(args), None if args.amp == "off" else getattr(torch, args.amp)
     parallel = DistributedDataParallel(network) if data.processes()[1] > 1 else network
     for epoch in range(run.begin_stage(stage, epochs, optimizer), epochs):

@@ -1,5 +1,6 @@
 """Training: the schedule, the groups, the loop, what a run leaves behind, and bad input."""
 
+import copy
 import csv
 import math
 import random
@@ -97,6 +98,26 @@ def test_weight_decay_is_for_convolutions_and_linear_layers_only():
     assert {id(parameter) for parameter in decayed["params"]} == expected
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     assert all(parameter.dim() == 1 for parameter in plain["params"])
+
+
+def test_padding_tiny_maps_changes_no_number(monkeypatch):
+    plain, padded = MobileNetV2(3, 0.35), MobileNetV2(3, 0.35)
+    padded.load_state_dict(plain.state_dict())
+    sizes, pad = [], train.functional.pad
+    monkeypatch.setattr(train.functional, "pad", lambda x, border: sizes.append(x.shape[-1]) or pad(x, border))
+    for _ in range(2):  # once for each stage of fine-tuning
+        train.pad_tiny_maps(padded)
+    images = torch.randn(4, 3, 64, 64)
+    for model in (plain, padded):
+        torch.manual_seed(1)
+        model(images).square().sum().backward()
+    assert sizes == [2, 2, 2]  # the last three blocks
+    for ours, theirs in zip(padded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * theirs.grad.abs().max().item())
+    copied = copy.deepcopy(padded).eval()
+    nn.init.zeros_(copied.blocks[16].depthwise.conv.weight)  # a copy computes with its own weights
+    torch.testing.assert_close(padded.eval()(images), plain.eval()(images))
+    assert not copied(images).allclose(padded(images))
 
 
 def test_an_epoch_is_plain_sgd_with_the_rate_of_the_schedule():
