@@ -581,6 +581,19 @@ def find_damage(path):
         return str(error.__cause__ or error)
 
 
+def find_damages(paths):
+    """`find_damage` of each file, by all cores; each process of torchrun takes its share of the files."""
+    rank, count = processes()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        shares = [list(threads.map(find_damage, paths[rank::count]))] * count
+    if count > 1:
+        distributed.all_gather_object(shares, shares[rank])
+    damages = [None] * len(paths)
+    for rank, share in enumerate(shares):
+        damages[rank::count] = share
+    return damages
+
+
 def photo_transform(size, training):
     """PIL image -> uint8 (C, size, size). Training sees it tilted, cropped, mirrored and lit at random; all else the centre.
 
@@ -603,6 +616,9 @@ class FolderSplit(Split):
 
     workers: int
 
+    def __post_init__(self):
+        self.work, self.loader = [], None
+
     def name(self, index):
         """What to call image `index` in a report: its path."""
         return str(self.images[index])
@@ -611,8 +627,13 @@ class FolderSplit(Split):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
         # DataLoader hands each element of batch_sampler to __getitems__, in a worker process; default_convert passes the
         # batch on as it is and, other than a lambda, can be sent to workers that are not forked (Windows, macOS).
-        work = [(epoch, batch.tolist()) for batch in self.indices(epoch)]
-        for batch in DataLoader(self, batch_sampler=work, num_workers=self.workers, collate_fn=default_convert):
+        # The workers stay for the next epoch, and find in the list that they got what is to be done then: where processes
+        # are not forked, each would spend seconds on importing torch again.
+        if self.loader is None:
+            stay = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+            self.loader = DataLoader(replace(self), batch_sampler=self.work, collate_fn=default_convert, **stay)
+        self.work[:] = [(epoch, batch.tolist()) for batch in self.indices(epoch)]
+        for batch in self.loader:
             if isinstance(batch, DataError):
                 raise batch
             images, labels = (tensor.to(self.device) for tensor in batch)
@@ -655,8 +676,7 @@ def list_folder(root, damaged):
     for label, (_, folder) in enumerate(folders):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         files = [path for path in files if not is_hidden(path) and (path.is_file() or path.is_symlink())]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            damages = list(threads.map(find_damage, files))
+        damages = find_damages(files)
         new = [f"'{path}' ({damage})" for path, damage in zip(files, damages, strict=True) if damage]
         whole = [path for path, damage in zip(files, damages, strict=True) if not damage]
         if not whole:

@@ -295,7 +295,9 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
     steps, args = train.steps(), run.args
     pad_tiny_maps(network)
     loss_function, amp = choose_loss(args), None if args.amp == "off" else getattr(torch, args.amp)
-    parallel = DistributedDataParallel(network) if data.processes()[1] > 1 else network
+    parallel = network
+    if data.processes()[1] > 1:  # BatchNorm's statistics stay those of each process until the epoch's end, see below
+        parallel = DistributedDataParallel(network, broadcast_buffers=False)
     for epoch in range(run.begin_stage(stage, epochs, optimizer), epochs):
         run.begin_epoch(train.epoch_size(), steps)
         torch.manual_seed(data.mix(args.seed, stage, epoch, data.processes(), "dropout"))

@@ -281,10 +281,11 @@ def test_augmented_photos_are_the_same_with_any_number_of_workers(folder):
     batches = []
     for workers in (0, 2):
         split = load_data(folder, {"image_size": 16}, batch_size=6, workers=workers, seed=1).train
-        batches.append(torch.cat([images for images, _ in split.batches(3)]))
+        next(split.batches(3))  # the workers, who stay, forget what nobody fetched
+        batches.append([torch.cat([images for images, _ in split.batches(epoch)]) for epoch in (3, 4)])
         assert torch.initial_seed() == 0  # the randomness of pictures leaves that of the network alone
-    assert torch.equal(*batches)
-    assert not torch.equal(batches[0], torch.cat([images for images, _ in split.batches(4)]))
+    assert torch.equal(batches[0][0], batches[1][0]) and torch.equal(batches[0][1], batches[1][1])
+    assert not torch.equal(*batches[0])
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -338,6 +339,20 @@ def test_unreadable_images_are_left_out_and_named_in_one_line(tmp_path, suffix, 
         DataError, match="no image in .*a' can be read, of 6, .*0.* .cannot identify image file.*: add some"
     ):
         load_data(tmp_path)
+
+
+def test_processes_share_the_check_of_the_images(folder, monkeypatch):
+    paths = sorted(folder.rglob("*.jpg"))
+    paths[4].write_bytes(b"")
+    alone = data.find_damages(paths)
+    assert [index for index, damage in enumerate(alone) if damage] == [4]
+
+    def gather(shares, own):
+        shares[:] = [alone[0::3], own, alone[2::3]]
+
+    monkeypatch.setattr(data, "processes", lambda: (1, 3))
+    monkeypatch.setattr(data.distributed, "all_gather_object", gather)
+    assert data.find_damages(paths) == alone
 
 
 @pytest.mark.parametrize("workers", (0, 1))
