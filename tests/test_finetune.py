@@ -233,26 +233,24 @@ def test_bad_input_from_a_real_command_line(tmp_path):
     assert len(result.stderr.splitlines()) == 1 and "nothing.pt" in result.stderr
 
 
-@pytest.mark.parametrize("finished", (1, 3))
-def test_a_run_that_was_interrupted_in_either_stage_goes_on_to_the_same_end(
-    finished, start, tmp_path, call, monkeypatch
-):
+def test_a_run_that_was_interrupted_in_either_stage_goes_on_to_the_same_end(start, tmp_path, call, monkeypatch):
     command = (*SHORT, "--checkpoint", start, "--head-epochs", 2, "--epochs", 2)
-    end_epoch = train.Run.end_epoch
-
-    def interrupt(run, *arguments):
-        end_epoch(run, *arguments)
-        if len(run.history) == finished:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(train.Run, "end_epoch", interrupt)
-        assert call(finetune, *command, "--out", tmp_path / "run")[0] == 2
-    assert call(finetune, *command, "--out", tmp_path / "run", "--resume")[0] == 0
     assert call(finetune, *command, "--out", tmp_path / "whole")[0] == 0
-    for name in ("best.pt", "last.pt"):
-        (model, first), (other, second) = (load_checkpoint(tmp_path / run / name) for run in ("run", "whole"))
-        assert first["history"] == second["history"]
-        assert all(
-            torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-        )
+    end_epoch = train.Run.end_epoch
+    for finished in (1, 3):
+
+        def interrupt(run, *arguments, finished=finished):
+            end_epoch(run, *arguments)
+            if len(run.history) == finished:
+                raise KeyboardInterrupt
+
+        folder = tmp_path / str(finished)
+        with monkeypatch.context() as context:
+            context.setattr(train.Run, "end_epoch", interrupt)
+            assert call(finetune, *command, "--out", folder)[0] == 2
+        assert call(finetune, *command, "--out", folder, "--resume")[0] == 0
+        for name in ("best.pt", "last.pt"):
+            (model, first), (other, second) = (load_checkpoint(path / name) for path in (folder, tmp_path / "whole"))
+            assert first["history"] == second["history"]
+            pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)

@@ -269,8 +269,7 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 def test_table_2_is_printed_with_live_numbers():
     command = [sys.executable, str(ROOT / "mobilenetv2.py"), "--width", "0.5", "--image-size", "160"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = output.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     # by hand for the third row: 8·48·80² + 9·48·40² + 48·16·40², then 16·96·40² + 9·96·40² + 96·16·40²
     assert lines[1].split() == ["conv2d", "3×3", "3×160×160", "16×80×80", "-", "16", "1", "2", "464", "2,764,800"]
     assert lines[3].split() == ["bottleneck", "8×80×80", "16×40×40", "6", "16", "2", "2", "6,160", "10,675,200"]
@@ -278,11 +277,12 @@ def test_table_2_is_printed_with_live_numbers():
     assert lines[11].split() == ["total", "1,968,680", f"{count_macs(MobileNetV2(width_mult=0.5), 160):,}"]
 
 
-def test_table_2_refuses_absurd_options_in_one_line():
-    for option in (["--width", "-1"], ["--image-size", "0"], ["--output-stride", "7"]):
-        command = [sys.executable, str(ROOT / "mobilenetv2.py"), *option]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+@pytest.mark.parametrize("option", (["--width", "-1"], ["--image-size", "0"], ["--output-stride", "7"]))
+def test_table_2_refuses_absurd_options_in_one_line(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mobilenetv2.py", *option])
+    with pytest.raises(SystemExit) as stop:
+        mobilenetv2.main()
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
