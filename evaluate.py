@@ -192,7 +192,7 @@ def load_for_evaluation(args, device):
         knows, has = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, there))
         mend = "name the data it was trained on with --data"
         raise data.DataError(f"'{args.checkpoint}' knows {knows}, '{args.data}' has {has}: {mend}")
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=data.memory_format(device))
     return (model, checkpoint, dataset.test, "test") if dataset.test else (model, checkpoint, dataset.val, "val")
 
 

@@ -108,7 +108,7 @@ def main():
     model = load_pretrained(start)
     if start["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=data.memory_format(device))
     print(
         f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
         f" images of {dataset.preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width"

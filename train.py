@@ -357,7 +357,7 @@ def main():
         f" images of {dataset.preprocessing['image_size']} pixels, on {device}"
     )
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=data.memory_format(device))
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
     if args.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)  # eps as in TensorFlow's models/slim

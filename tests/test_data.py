@@ -98,6 +98,7 @@ def test_batches_are_normalised_channels_last_and_in_order():
     images = torch.cat(images)
     assert images.shape == (184, 3, 32, 32) and images.dtype == torch.float32
     assert next(dataset.val.batches())[0].is_contiguous(memory_format=torch.channels_last)
+    assert [data.memory_format(device) for device in ("cuda:1", "mps")] == [torch.channels_last, torch.contiguous_format]
     assert torch.equal(torch.cat(labels), dataset.val.labels)
     mean, deviation = (dataset.preprocessing[key][0] for key in ("mean", "std"))
     expected = (dataset.val.images.float() / 255 - mean) / deviation
