@@ -295,9 +295,7 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
     steps, args = train.steps(), run.args
     pad_tiny_maps(network)
     loss_function, amp = choose_loss(args), None if args.amp == "off" else getattr(torch, args.amp)
-    parallel = network
-    if data.processes()[1] > 1:  # BatchNorm's statistics stay those of each process until the epoch's end, see below
-        parallel = DistributedDataParallel(network, broadcast_buffers=False)
+    parallel = DistributedDataParallel(network) if data.processes()[1] > 1 else network
     for epoch in range(run.begin_stage(stage, epochs, optimizer), epochs):
         run.begin_epoch(train.epoch_size(), steps)
         torch.manual_seed(data.mix(args.seed, stage, epoch, data.processes(), "dropout"))
@@ -314,7 +312,7 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
 
 
 def average_statistics(network):
-    """Give all processes the mean of their BatchNorm statistics: each of them has seen other images."""
+    """Give all processes the mean of their BatchNorm statistics, which differ by what each has seen in the last step."""
     count = data.processes()[1]
     for buffer in network.buffers():
         if count > 1 and buffer.is_floating_point():
