@@ -244,10 +244,10 @@ class Run:
         if row["val_top1"] >= self.best:
             self.best = row["val_top1"]
             self.save("best.pt")
-        state = {"stage": self.stage, "done": self.done, "optimizer": self.optimizer.state_dict()}
-        self.save("last.pt", settings=self.settings, state=state)
         if data.processes()[0] == 0:
             write_table(self.folder / "log.csv", [self.history[0], *(row.values() for row in self.history)])
+        state = {"stage": self.stage, "done": self.done, "optimizer": self.optimizer.state_dict()}
+        self.save("last.pt", settings=self.settings, state=state)  # at the end: what --resume takes for done is whole
         clear = "\r\033[K" if sys.stdout.isatty() else ""
         print(
             f"{clear}{self.stage} {self.done}/{self.epochs}"

@@ -98,7 +98,10 @@ def test_batches_are_normalised_channels_last_and_in_order():
     images = torch.cat(images)
     assert images.shape == (184, 3, 32, 32) and images.dtype == torch.float32
     assert next(dataset.val.batches())[0].is_contiguous(memory_format=torch.channels_last)
-    assert [data.memory_format(device) for device in ("cuda:1", "mps")] == [torch.channels_last, torch.contiguous_format]
+    assert [data.memory_format(device) for device in ("cuda:1", "mps")] == [
+        torch.channels_last,
+        torch.contiguous_format,
+    ]
     assert torch.equal(torch.cat(labels), dataset.val.labels)
     mean, deviation = (dataset.preprocessing[key][0] for key in ("mean", "std"))
     expected = (dataset.val.images.float() / 255 - mean) / deviation
@@ -375,7 +378,8 @@ def test_a_jpeg_with_something_after_its_end_is_whole(folder):
 def test_a_jpeg_that_is_damaged_inside_is_left_out(folder, capsys):
     path = folder / "red" / "3.jpg"
     path.write_bytes(b"\xff\xd8 begins and ends like a JPEG \xff\xd9")
-    assert len(load_data(folder).train) + len(load_data(folder).val) == 19
+    dataset = load_data(folder)
+    assert len(dataset.train) + len(dataset.val) == 19
     assert "1 unreadable image left out: " in capsys.readouterr().err
 
 
