@@ -268,7 +268,7 @@ class Run:
 def pad_tiny_maps(network):
     """Give depthwise convolutions their border of zeros with the input, where the map has 1 or 2 pixels a side.
 
-    The numbers stay the same. On CPUs with AVX2 and no AVX-512, oneDNN (3.12, in torch 2.14) takes 10 to 30 times as long
+    The numbers stay the same. On CPUs with AVX2 and no AVX-512, oneDNN (3.12, 3.13) takes 10 to 30 times as long
     for the gradient of the weights if it adds the border to so small a map itself: whole steps at 32 pixels and output
     stride 32 are 2.7 times as fast with it, those at output stride 16 by a sixth.
     """
