@@ -167,7 +167,7 @@ class Run:
 
     def __init__(self, args, model, dataset):
         self.args, self.model, self.dataset, self.folder = args, model, dataset, args.out
-        self.history, self.best, self.state, self.started = [], 0.0, None, time.perf_counter()
+        self.history, self.state, self.started = [], None, time.perf_counter()
         passing = ("out", "resume", "overwrite", "workers", "data_dir")  # what does not change the result
         self.settings = {name: str(value) for name, value in vars(args).items() if name not in passing}
         self.settings["processes"] = str(data.processes()[1])
@@ -190,7 +190,13 @@ class Run:
             raise data.DataError(f"'{path}' was made with {was}: give the same to --resume it, or --overwrite it")
         self.model.load_state_dict(model.state_dict())
         self.history, self.state = checkpoint["history"], checkpoint["state"]
+        self.keep_best()
+
+    def keep_best(self):
+        """Write best.pt if the latest epoch is the best. After last.pt, never ahead of it: `restore` can do it again."""
         self.best = max(row["val_top1"] for row in self.history)
+        if self.history[-1]["val_top1"] == self.best:
+            self.save("best.pt")
 
     def begin_stage(self, stage, epochs, optimizer):
         """Begin a stage of `epochs` epochs, called `stage` in the log. Returns how many of them are done already."""
@@ -241,13 +247,11 @@ class Run:
             self.stop("validation")
         self.done += 1
         self.history.append({"epoch": len(self.history) + 1, "stage": self.stage} | row)
-        if row["val_top1"] >= self.best:
-            self.best = row["val_top1"]
-            self.save("best.pt")
         if data.processes()[0] == 0:
             write_table(self.folder / "log.csv", [self.history[0], *(row.values() for row in self.history)])
         state = {"stage": self.stage, "done": self.done, "optimizer": self.optimizer.state_dict()}
-        self.save("last.pt", settings=self.settings, state=state)  # at the end: what --resume takes for done is whole
+        self.save("last.pt", settings=self.settings, state=state)
+        self.keep_best()
         clear = "\r\033[K" if sys.stdout.isatty() else ""
         print(
             f"{clear}{self.stage} {self.done}/{self.epochs}"

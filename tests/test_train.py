@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, SMALL_NETWORK, call_script
+from conftest import ROOT, SMALL, SMALL_NETWORK, call_script
 from matplotlib.image import imread
 from torch import nn
 
 import data
 import train
 from finetune import Features
-from mobilenetv2 import MobileNetV2, load_checkpoint
+from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint
 
 
 def test_the_schedule_is_a_warm_up_and_a_cosine():
@@ -167,17 +167,39 @@ def test_a_run_leaves_its_files(trained):
     assert imread(trained / "curves.png").std() > 0
 
 
-def test_best_is_the_epoch_with_the_best_validation_and_among_equals_the_latest(tmp_path):
-    args = SimpleNamespace(out=tmp_path, resume=False, overwrite=False)
+def train_nothing(folder, resume=False):
+    """Three epochs that end with these validation accuracies; the classifier's bias tells which epoch a file is of."""
+    args = SimpleNamespace(out=folder, resume=resume, overwrite=False)
     run = train.Run(args, MobileNetV2(2, 0.35), SimpleNamespace(classes=["a", "b"], preprocessing=data.SMALL))
-    run.begin_stage("scratch", 5, torch.optim.SGD(run.model.parameters()))
-    for epoch, top1 in enumerate((0.5, 0.7, 0.6, 0.7, 0.1), start=1):
+    for epoch in range(run.begin_stage("scratch", 4, torch.optim.SGD(run.model.parameters())), 4):
         run.begin_epoch(1, 1)
-        nn.init.constant_(run.model.classifier.bias, epoch)
-        run.end_epoch({"train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": top1}, 1)
-    for name, epoch in (("best.pt", 4), ("last.pt", 5)):
-        model, checkpoint = load_checkpoint(tmp_path / name)
+        nn.init.constant_(run.model.classifier.bias, epoch + 1)
+        scores = {"train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": (0.5, 0.7, 0.7, 0.6)[epoch]}
+        run.end_epoch(scores, 1)
+    for name, epoch in (("best.pt", 3), ("last.pt", 4)):
+        model, checkpoint = load_checkpoint(folder / name)
         assert model.classifier.bias.tolist() == [epoch] * 2 and checkpoint["history"] == run.history[:epoch]
+
+
+def test_best_is_the_epoch_with_the_best_validation_and_among_equals_the_latest(tmp_path):
+    train_nothing(tmp_path)
+
+
+@pytest.mark.parametrize("written", range(1, 7))  # last and best of three epochs, last of the fourth
+def test_a_run_that_ends_between_two_files_goes_on_to_the_same(written, tmp_path, monkeypatch):
+    saved = []
+
+    def save_or_end(path, *arguments, **more):
+        if len(saved) == written:
+            raise OSError(28, "No space left on device")
+        saved.append(path.name)
+        save_checkpoint(path, *arguments, **more)
+
+    with monkeypatch.context() as context:
+        context.setattr(train, "save_checkpoint", save_or_end)
+        with pytest.raises(OSError):
+            train_nothing(tmp_path)
+    train_nothing(tmp_path, resume=True)
 
 
 def test_the_same_command_gives_the_same_bytes(trained, tmp_path, call):
@@ -222,6 +244,18 @@ def test_every_loss_learns_and_amp_computes_in_fewer_bits(loss, amp):
     train.fit(run, "scratch", network, [network], split, split, optimizer, 10)
     assert types == {torch.float32 if amp == "off" else getattr(torch, amp)} and network.weight.dtype == torch.float32
     assert rows[0]["val_loss"] > 1.2 * rows[-1]["val_loss"] and rows[-1]["val_top1"] > 0.95
+
+
+def test_gradients_too_small_for_float16_are_scaled():
+    """A ten-millionth of the loss with ten million times the learning rate is the same step, unless the gradients become 0."""
+    networks = [nn.Linear(8, 2) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    batches = [(torch.randn(8, 8), torch.randint(0, 2, (8,)))]
+    for network, size, amp in zip(networks, (1, 1e-7), (None, torch.float16), strict=True):
+        optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 1 / size, 0))
+        loss = lambda logits, labels, size=size: size * nn.functional.cross_entropy(logits, labels)  # noqa: E731
+        train.train_epoch(network, batches, optimizer, [1.0], loss, lambda *_: None, amp)
+    torch.testing.assert_close(networks[0].weight, networks[1].weight, rtol=0.02, atol=0.002)
 
 
 def test_progress_is_one_line_an_epoch_in_a_file(tmp_path, call):
@@ -411,10 +445,23 @@ def test_processes_share_every_batch_and_see_each_image_once(count, batch_size, 
         assert first.equal(alone[0].sort().values)  # the batch is the same; only who computes it differs
 
 
+def train_linear(wrap=lambda network: network):
+    """An epoch of two steps, in which two processes have shares of 4 and 3 images, then of 3 and 2. The weights."""
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    split = Features(images=torch.randn(12, 3), labels=torch.arange(12) % 2, batch_size=7, seed=0)
+    optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 1, 0))
+    train.train_epoch(
+        wrap(network), split.batches(0), optimizer, [1.0] * 2, nn.functional.cross_entropy, lambda *_: None
+    )
+    return network.weight.detach()
+
+
 TWO_PROCESSES = """
 import hashlib, os, sys, torch
 torch.set_num_threads(1)
-import data, train, evaluate
+import data, train
+from test_train import train_linear
 data.DIGITS_REPEATS = 1
 end_epoch = train.Run.end_epoch
 
@@ -423,6 +470,7 @@ def end_and_note(run, row, seconds):
     state = b"".join(tensor.numpy().tobytes() for tensor in run.model.state_dict().values())
     with open(f"{run.folder}/{data.processes()[0]}.txt", "a") as file:
         print(hashlib.sha256(state).hexdigest(), row, file=file)
+    torch.save((torch.initial_seed(), train_linear(train.DistributedDataParallel)), f"{run.folder}/{data.processes()[0]}.pt")
 
 train.Run.end_epoch = end_and_note
 data.run(train.main)
@@ -431,7 +479,7 @@ data.run(train.main)
 
 def test_two_processes_train_one_network(tmp_path):
     (tmp_path / "script.py").write_text(
-        f"import sys; sys.path.insert(0, {str(data.DIGITS_FILE.parent)!r})\n{TWO_PROCESSES}"
+        f"import sys; sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}\n{TWO_PROCESSES}"
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     process = start(
@@ -442,6 +490,10 @@ def test_two_processes_train_one_network(tmp_path):
     first, second = ((tmp_path / "run" / f"{rank}.txt").read_text().splitlines() for rank in (0, 1))
     assert first == second and len(first) == 2  # weights, statistics and scores, bit by bit, after each epoch
     assert len([line for line in output.splitlines() if line.startswith("scratch 2/2")]) == 1  # one speaks for both
+    seeds, weights = zip(*(torch.load(tmp_path / "run" / f"{rank}.pt") for rank in (0, 1)), strict=True)
+    assert seeds[0] != seeds[1]  # each drops out what it draws
+    for weight in weights:
+        torch.testing.assert_close(weight, train_linear())  # every image counts the same
     model, checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     dataset = data.load_data("digits", checkpoint["preprocessing"])
     scores = train.score(*train.predict(model, dataset.val))
