@@ -891,7 +891,8 @@ def add_training_options(parser):
     add_number(parser, "--epochs", int, 1, 100_000, None, "passes over the images (finetune.py: in stage blocks)")
     add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
     add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
-    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "probability that all classes share")
+    text = "share of the true class's probability that all classes get; cross-entropy only"
+    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, text)
     text = "focal: hard images count more; dice: rare classes do"
     parser.add_argument("--loss", choices=("cross-entropy", "focal", "dice"), default="cross-entropy", help=text)
     text = "compute in fewer bits, where the device is faster so"

@@ -45,7 +45,8 @@ RECIPES = {
         "batch_size": 96,
         "epochs": 300,
     },
-    # https://github.com/d-li14/mobilenetv2.pytorch, which reports 72% on ImageNet with it.
+    # Rate, batch, epochs and cosine of https://github.com/d-li14/mobilenetv2.pytorch, which reports 72% on ImageNet with them;
+    # the warm-up, Nesterov's momentum and BatchNorm without weight decay are added here, its augmentation is another one.
     "cosine": {
         "optimizer": "sgd",
         "schedule": "cosine",
@@ -170,7 +171,7 @@ class Run:
         self.history, self.state, self.started = [], None, time.perf_counter()
         passing = ("out", "resume", "overwrite", "workers", "data_dir")  # what does not change the result
         self.settings = {name: str(value) for name, value in vars(args).items() if name not in passing}
-        self.settings["processes"] = str(data.processes()[1])
+        self.settings["nproc_per_node"] = str(data.processes()[1])  # torchrun's option
         last = self.folder / "last.pt"
         if args.resume:
             self.restore(last)
@@ -183,11 +184,17 @@ class Run:
         if not path.exists():
             raise data.DataError(f"there is no run to resume in '{self.folder}': name its folder with --out")
         model, checkpoint = load_checkpoint(path)
-        settings = checkpoint.get("settings", {})
+        if "state" not in checkpoint:
+            raise data.DataError(f"'{path}' is not the last.pt of a run: put that back, or --overwrite it")
+        settings = checkpoint["settings"]
         names = [name for name in self.settings | settings if self.settings.get(name) != settings.get(name)]
         if names:
             was = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in names)
             raise data.DataError(f"'{path}' was made with {was}: give the same to --resume it, or --overwrite it")
+        if (model.arch, checkpoint["classes"]) != (self.model.arch, self.dataset.classes):
+            raise data.DataError(
+                f"'{path}' has other classes or another network, since --data or --checkpoint changed: --overwrite it"
+            )
         self.model.load_state_dict(model.state_dict())
         self.history, self.state = checkpoint["history"], checkpoint["state"]
         self.keep_best()
@@ -239,7 +246,9 @@ class Run:
 
     def stop(self, where):
         where = f"{self.stage} {self.done + 1}/{self.epochs}, {where},"
-        raise data.DataError(f"the loss of {where} is not finite: lower --learning-rate (the epochs before are kept)")
+        raise data.DataError(
+            f"the loss of {where} is not finite: lower --learning-rate, with --overwrite or another --out"
+        )
 
     def end_epoch(self, row, seconds):
         """Record an epoch: its scores, and the seconds that its training took."""
@@ -297,6 +306,8 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
         optimizer: its groups come from `parameter_groups`.
     """
     steps, args = train.steps(), run.args
+    if min(len(train), len(val)) < 2 * data.processes()[1] > 2:
+        raise data.DataError("too few images for so many processes: lower --nproc-per-node")
     pad_tiny_maps(network)
     loss_function, amp = choose_loss(args), None if args.amp == "off" else getattr(torch, args.amp)
     parallel = DistributedDataParallel(network) if data.processes()[1] > 1 else network
@@ -318,10 +329,11 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
 def average_statistics(network):
     """Give all processes the mean of their BatchNorm statistics, which differ by what each has seen in the last step."""
     count = data.processes()[1]
-    for buffer in network.buffers():
-        if count > 1 and buffer.is_floating_point():
-            distributed.all_reduce(buffer)
-            buffer /= count
+    for layer in network.modules() if count > 1 else ():
+        for buffer in layer.buffers(recurse=False):
+            if layer.training and buffer.is_floating_point():  # what is frozen is equal, and stays so to the bit
+                distributed.all_reduce(buffer)
+                buffer /= count
 
 
 def begin(args):

@@ -408,6 +408,11 @@ def test_resume_wants_the_same_settings_and_another_run_is_not_overwritten(train
     shutil.copytree(trained, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     command = (*SMALL, *SMALL_NETWORK, "--out", folder)
+    (tmp_path / "best").mkdir()
+    shutil.copy(folder / "best.pt", tmp_path / "best" / "last.pt")
+    checkpoint = torch.load(folder / "last.pt", weights_only=True) | {"classes": list("abcdefghij")}
+    (tmp_path / "classes").mkdir()
+    torch.save(checkpoint, tmp_path / "classes" / "last.pt")
     for arguments, message in (
         ((), "holds a run: --resume it, --overwrite it, or name another --out"),
         (
@@ -415,6 +420,8 @@ def test_resume_wants_the_same_settings_and_another_run_is_not_overwritten(train
             "was made with --seed 0, --learning-rate 0.1: give the same",
         ),
         (("--resume", "--out", tmp_path / "none"), "no run to resume in"),
+        (("--resume", "--out", tmp_path / "best"), "is not the last.pt of a run"),
+        (("--resume", "--out", tmp_path / "classes"), "has other classes or another network"),
     ):
         code, _, error = call(train, *command, *arguments)
         assert code == 2 and message in error and len(error.splitlines()) == 1
@@ -443,6 +450,13 @@ def test_processes_share_every_batch_and_see_each_image_once(count, batch_size, 
         assert seen.sort().values.equal(torch.arange(len(split)))
         first = torch.cat([share[0] for share in shares]).sort().values
         assert first.equal(alone[0].sort().values)  # the batch is the same; only who computes it differs
+
+
+def test_fewer_images_than_processes_need_are_refused(monkeypatch):
+    monkeypatch.setattr(data, "processes", lambda: (0, 3))
+    split = Features(images=torch.randn(5, 3), labels=torch.arange(5) % 2, batch_size=6, seed=0)
+    with pytest.raises(data.DataError, match="lower --nproc-per-node"):
+        train.fit(SimpleNamespace(args=None), "scratch", None, [], split, split, None, 1)
 
 
 def train_linear(wrap=lambda network: network):
