@@ -306,11 +306,12 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
         optimizer: its groups come from `parameter_groups`.
     """
     steps, args = train.steps(), run.args
-    if min(len(train), len(val)) < 2 * data.processes()[1] > 2:
+    count = data.processes()[1]
+    if count > 1 and min(len(train), len(val)) < 2 * count:
         raise data.DataError("too few images for so many processes: lower --nproc-per-node")
     pad_tiny_maps(network)
     loss_function, amp = choose_loss(args), None if args.amp == "off" else getattr(torch, args.amp)
-    parallel = DistributedDataParallel(network) if data.processes()[1] > 1 else network
+    parallel = DistributedDataParallel(network) if count > 1 else network
     for epoch in range(run.begin_stage(stage, epochs, optimizer), epochs):
         run.begin_epoch(train.epoch_size(), steps)
         torch.manual_seed(data.mix(args.seed, stage, epoch, data.processes(), "dropout"))

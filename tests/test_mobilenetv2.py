@@ -405,7 +405,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_pretrained_from_a_torchvision_file(tmp_path, capsys):
-    for width in (0.22, 0.35, 0.97, 1.0, 1.4):
+    for width in (*WIDTHS, 0.97, 0.22):
         theirs = randomise(torchvision.models.mobilenet_v2(width_mult=width, num_classes=4)).eval()
         torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
         images = torch.randn(2, 3, 64, 64)
