@@ -884,11 +884,13 @@ def add_device_option(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def add_training_options(parser):
+def add_training_options(parser, fewest_epochs=1):
     """The options that train.py and finetune.py share, beside those of every script; what they leave at None both set."""
     add_device_option(parser)
     add_image_options(parser)
-    add_number(parser, "--epochs", int, 1, 100_000, None, "passes over the images (finetune.py: in stage blocks)")
+    add_number(parser, "--epochs", int, fewest_epochs, 100_000, None, "passes over the images; finetune.py: in stage blocks")
+    text = "end when validation accuracy has not risen for so many epochs; None: never"
+    add_number(parser, "--patience", int, 1, 100_000, None, text)
     add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
     add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
     text = "share of the true class's probability that all classes get; cross-entropy only"

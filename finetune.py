@@ -6,121 +6,202 @@
 Stage "head": the network is frozen and only a classifier is trained, on the feature vector of each image. Stage "blocks": the
 last blocks are trained too, more carefully than the classifier. The first layers stay as they are: edges and strokes
 are edges and strokes in any data set, and few labelled images would only spoil them.
+
+A frozen layer is a fixed function: the same image gives the same numbers in every epoch. So no image goes through
+it twice: what came out is kept (`Frozen`), and the stages train on that.
 """
 
 import shlex
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 import data
-from mobilenetv2 import CheckpointError, load_checkpoint, load_pretrained, read_pretrained, replace_classifier
+from mobilenetv2 import CheckpointError, load_pretrained, read_file, read_pretrained, replace_classifier
 from train import Run, begin, fit, parameter_groups
 
-FEATURE_PASSES = 4  # stage "head" learns from the images as they are, and from three epochs of augmented ones
-BACKBONE_RATE = 0.5  # learning rate of the blocks in stage "blocks", as a share of the classifier's
+BACKBONE_RATE = 0.5  # learning rate of the last convolution, as a share of the classifier's
+BLOCK_DECAY = 0.8  # that of each block, as a share of the rate of the layer behind it
+KEEP_BYTES = 2e9  # of memory for what comes out of the frozen layers
 # The optimiser of both stages is AdamW (Loshchilov and Hutter, arXiv:1711.05101). How large the features are differs from
 # network to network, and with it the learning rate that SGD can bear; Adam's steps do not depend on the size of the
 # gradients, so that one default serves letters and photos alike.
 
 
-class Features(data.Split):
-    """A split like those of data.py, with feature vectors (N, 1280) for images."""
+@dataclass(kw_only=True)
+class Frozen(data.Split):
+    """A split as frozen layers hand it on: batches of maps (N, C, H, W) or of features (N, 1280), with labels (N,).
+
+    images: the split that `layers` are shown. views: how many versions of each image the epochs of training take turns
+    with: the image as it is, then augmented ones. Each is computed when it is first asked for, and kept. With 0
+    nothing is kept, and every epoch has augmentations of its own.
+    """
+
+    layers: nn.Module
+    views: int = 1
+    kept: dict = field(default_factory=dict)
+
+    def compute(self, epoch):
+        for images, labels in self.images.batches(epoch):
+            with torch.no_grad():  # no layer in front of the first that learns needs a gradient
+                maps = self.layers(images)
+            yield maps, labels  # outside, or the caller would have no gradients either
+
+    def keep(self, epoch):
+        """Maps and labels of a whole pass, on the CPU. Of several processes each computes a share, and has them all."""
+        if epoch not in self.kept:
+            maps, labels = (torch.cat(parts).cpu() for parts in zip(*self.compute(epoch), strict=True))
+            self.kept[epoch] = data.gather(maps), data.gather(labels)
+        return self.kept[epoch]
 
     def batches(self, epoch=None):
+        """As those of data.py: in order as they are, or for training, given the epoch's number."""
+        if self.views == 0:
+            yield from self.compute(epoch)
+            return
+        maps, labels = self.keep(None if epoch is None else epoch % self.views or None)
         for indices in self.indices(epoch):
-            yield self.images[indices], self.labels[indices]
+            indices = indices % len(maps)  # the pass over the images as they are has each once, whatever `repeats` is
+            yield maps[indices].to(self.device), labels[indices].to(self.device)
 
 
-def compute_features(model, split, passes=1):
-    """Show a split to the frozen network, once as it is, then for `passes` - 1 epochs of training, augmented.
+def freeze(layers, split, views=1):
+    """`split` behind frozen `layers`, whose BatchNorm is in eval mode: an image gives the same in any batch."""
+    shared = {"batch_size": split.batch_size, "seed": split.seed, "device": split.device, "repeats": split.repeats}
+    return Frozen(images=split, labels=split.labels, layers=layers.eval(), views=views, **shared)
 
-    A frozen network is a fixed function: the same image gives the same 1280 numbers in every epoch. So they are computed
-    once, and an epoch of stage "head" is a few small matrix products instead of a walk through 17 blocks. The
-    augmented passes are what remains of augmentation here.
+
+def divide(model, count):
+    """Cut the network into front, backbone and head; one after the other, they are the whole of it.
+
+        front       images (N, 3, S, S) -> maps (N, C, H, W)     what stays frozen in both stages: the stem, the first blocks
+        backbone    maps                -> features (N, 1280)    the last `count` blocks (all: and the stem), the last convolution
+        head        features            -> logits (N, classes)   dropout and classifier
     """
-    model.eval()  # BatchNorm uses, and keeps, the statistics that the network was trained with
-    features, labels = [], []
-    with torch.no_grad():
-        for number in range(passes):
-            for images, targets in split.batches(epoch=number if number > 0 else None):  # None: in order, as they are
-                features.append(model.features(images))
-                labels.append(targets)
-    images, labels = (data.gather(torch.cat(parts).cpu()).to(split.device) for parts in (features, labels))
-    return Features(images=images, labels=labels, batch_size=split.batch_size, seed=split.seed)
+    layers = [model.stem, *model.blocks, model.head]
+    cut = len(model.blocks) - count + 1 if count < len(model.blocks) else 0
+    pooling = nn.AdaptiveAvgPool2d(1), nn.Flatten()  # the .mean of MobileNetV2.features
+    backbone = nn.Sequential(*layers[cut:], *pooling)
+    return nn.Sequential(*layers[:cut]), backbone, nn.Sequential(model.dropout, model.classifier)
 
 
-def train_head(run, model, dataset, args):
-    """Stage "head": train the classifier on the features of the frozen network."""
+def views_that_fit(front, split, views, images):
+    """`views`, or 0 where so many maps of so many images would take more memory than KEEP_BYTES."""
+    size = split.preprocessing["image_size"]
+    maps = front(torch.zeros(1, 3, size, size, device=split.device))  # (1, C, H, W)
+    needed = maps.nbytes * views * images
+    if needed > KEEP_BYTES:
+        print(f"{needed / 1e9:.1f} GB would be needed to keep what the frozen layers give: every epoch computes it anew")
+    return views if needed <= KEEP_BYTES else 0
+
+
+def train_head(run, backbone, head, train, val, args):
+    """Stage "head": train the classifier on the features of the frozen network.
+
+    The usual loop sends every image through 17 blocks in every epoch, for 1280 numbers that are the same each time. Here
+    that walk is made once, and an epoch is one product of small matrices a batch: twenty cost hardly more than one. The
+    price is that the classifier sees each image as it is, and no augmentation of it.
+    """
     print("stage head: computing the features of all images, once", flush=True)
-    train, val = compute_features(model, dataset.train, FEATURE_PASSES), compute_features(model, dataset.val)
-    head = nn.Sequential(model.dropout, model.classifier)  # (N, 1280) -> (N, classes)
+    train, val = freeze(backbone, train), freeze(backbone, val)
     optimizer = torch.optim.AdamW(parameter_groups(head.parameters(), args.learning_rate, args.weight_decay))
     fit(run, "head", head, [head], train, val, optimizer, args.head_epochs)
 
 
-def unfreeze(model, count):
-    """Freeze all but the last `count` blocks, the head and the classifier; 17 blocks are all there are, and free the stem, too.
+def block_groups(backbone, head, args):
+    """Groups for the optimiser, from the input to the classifier: the nearer to the input, the lower the learning rate.
 
-    Returns the modules that are free, as two lists: backbone, classifier.
+    First layers see what all images have in common, last layers what the old classes had (Yosinski et al., arXiv:1411.1792):
+    the last have the most to unlearn. Howard and Ruder (arXiv:1801.06146, §3.1) call this discriminative fine-tuning.
     """
-    model.requires_grad_(False)
-    backbone = [model.blocks[len(model.blocks) - count :], model.head]
-    if count == len(model.blocks):
-        backbone.append(model.stem)
-    for module in (*backbone, model.classifier):
-        module.requires_grad_(True)
-    return nn.ModuleList(backbone), model.classifier
+    layers = [layer for layer in backbone if list(layer.parameters())]  # without the pooling
+    rates = [args.learning_rate * BACKBONE_RATE * BLOCK_DECAY**depth for depth in reversed(range(len(layers)))]
+    pairs = [*zip(layers, rates, strict=True), (head, args.learning_rate)]
+    return [
+        group for layer, rate in pairs for group in parameter_groups(layer.parameters(), rate, args.weight_decay)
+    ]
 
 
-def train_blocks(run, model, dataset, args):
-    """Stage "blocks": train the last blocks, the head and the classifier together, on the images themselves.
+def train_blocks(run, backbone, head, train, val, args):
+    """Stage "blocks": train the last blocks, the last convolution and the classifier, on the maps of the frozen front.
 
-    Nothing in front of the first unfrozen block needs a gradient, so none is computed there. BatchNorm is frozen in front of
-    it, too: eval mode keeps the mean and deviation that the next layers expect. In the unfrozen blocks it is in training mode
-    and learns those of the new images, which are blurred digits now and no longer sharp letters.
+    BatchNorm stays in eval mode: it keeps the mean and deviation of the many images that the network was trained with,
+    which the weights around it expect; of a batch of a few of yours they would be guesses. Its scale and shift are weights
+    and learn. --train-batch-norm: the statistics follow the new images, if these are many, or of quite another kind.
     """
-    backbone, classifier = unfreeze(model, args.unfreeze)
-    groups = parameter_groups(backbone.parameters(), BACKBONE_RATE * args.learning_rate, args.weight_decay)
-    groups += parameter_groups(classifier.parameters(), args.learning_rate, args.weight_decay)
+    groups = block_groups(backbone, head, args)
+    rates = f"learning rates from {groups[0]['lr']:.1g} to {groups[-1]['lr']:g}"
+    print(f"stage blocks: the last {args.unfreeze} blocks, the last convolution and the classifier, {rates}", flush=True)
+    trained = [backbone, head] if args.train_batch_norm else [head]
+    fit(run, "blocks", nn.Sequential(backbone, head), trained, train, val, torch.optim.AdamW(groups), args.epochs)
+
+
+def tune(run, model, dataset, args):
+    """Both stages, or what is left of them in a run that was resumed."""
+    model.eval()
+    front, backbone, head = divide(model, args.unfreeze)
+    train, val = dataset.train, dataset.val
+    train = freeze(front, train, views_that_fit(front, train, args.views, train.epoch_size()))
+    val = freeze(front, val, views_that_fit(front, val, 1, len(val)))
+    if run.state is None or run.state["stage"] == "head":
+        train_head(run, backbone, head, train, val, args)
+        # Stage "blocks" starts from the best head, and best.pt is replaced only by what is no worse.
+        model.load_state_dict(read_file(args.out / "best.pt")["model"])
+    if args.epochs:
+        train_blocks(run, backbone, head, train, val, args)
+
+
+def start(args, device):
+    """The data set and the network to start from; says what is taken from --checkpoint and what is made anew."""
+    source = read_pretrained(args.checkpoint)
+    # The network goes on seeing images as it has learned to; whether they are grey is up to the new data.
+    preprocessing = {key: source["preprocessing"][key] for key in ("image_size", "mean", "std")}
+    dataset = data.load_for(args, preprocessing, device)
+    model = load_pretrained(source, output_stride=args.output_stride)
     print(
-        f"stage blocks: the last {args.unfreeze} of {len(model.blocks)} blocks, the head and the classifier", flush=True
+        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
+        f" images of {dataset.preprocessing['image_size']} pixels, on {device}"
     )
-    trained = [backbone, model.dropout, classifier]
-    fit(run, "blocks", model, trained, dataset.train, dataset.val, torch.optim.AdamW(groups), args.epochs)
+    print(
+        f"from {args.checkpoint}: stem, {len(model.blocks)} blocks and last convolution, width {model.arch['width_mult']:g},"
+        f" output stride {model.arch['output_stride']}"
+    )
+    if source["classes"] == dataset.classes:
+        print(f"classifier: kept, it knows these {len(dataset.classes)} classes")
+    else:
+        replace_classifier(model, len(dataset.classes))
+    return dataset, model.to(device, memory_format=data.memory_format(device))
+
+
+def number_or_all(text):
+    return 17 if text == "all" else int(text)
+
+
+def command_line():
+    parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune")
+    data.add_training_options(parser, fewest_epochs=0)  # 0: only stage head
+    parser.set_defaults(epochs=10, learning_rate=0.002, weight_decay=0.01, batch_size=64, schedule="cosine", patience=5)
+    text = "start: a checkpoint, a torchvision .pth, or imagenet"
+    parser.add_argument("--checkpoint", default="runs/train/best.pt", help=text)
+    text = "less for small images; None: as the checkpoint has it"
+    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help=text)
+    data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
+    text = "how many of the 17 blocks stage blocks trains, the last ones, or all"
+    data.add_number(parser, "--unfreeze", number_or_all, 0, 17, 14, text)
+    text = "versions of each image in stage blocks: as it is, and augmented; 0: new ones in every epoch"
+    data.add_number(parser, "--views", int, 0, 1000, 0, text)
+    text = "let BatchNorm's mean and deviation follow the new images"
+    parser.add_argument("--train-batch-norm", action="store_true", help=text)
+    return parser
 
 
 def main():
-    parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune")
-    data.add_training_options(parser)
-    parser.set_defaults(epochs=10, learning_rate=0.002, weight_decay=0.01, batch_size=64, schedule="cosine")
-    text = "start: a checkpoint, a torchvision .pth, or imagenet"
-    parser.add_argument("--checkpoint", default="runs/train/best.pt", help=text)
-    data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
-    data.add_number(parser, "--unfreeze", int, 0, 17, 14, "blocks that stage blocks trains")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     device = begin(args)
-
-    start = read_pretrained(args.checkpoint)
-    # The network goes on seeing images as it has learned to; whether they are grey is up to the new data.
-    preprocessing = {key: start["preprocessing"][key] for key in ("image_size", "mean", "std")}
-    dataset = data.load_for(args, preprocessing, device)
-    model = load_pretrained(start)
-    if start["classes"] != dataset.classes:
-        replace_classifier(model, len(dataset.classes))
-    model.to(device, memory_format=data.memory_format(device))
-    print(
-        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
-        f" images of {dataset.preprocessing['image_size']} pixels, on {device}; from {args.checkpoint}, width"
-        f" {model.arch['width_mult']:g}"
-    )
-
+    dataset, model = start(args, device)
     run = Run(args, model, dataset)
-    if run.state is None or run.state["stage"] == "head":
-        train_head(run, model, dataset, args)
-        # Stage "blocks" starts from the best head, and best.pt is replaced only by something better.
-        model.load_state_dict(load_checkpoint(args.out / "best.pt")[1]["model"])
-    train_blocks(run, model, dataset, args)
+    tune(run, model, dataset, args)
     run.finish()
     print(f"next: python evaluate.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} {data.data_options(args)}")
 

@@ -214,6 +214,12 @@ class Run:
         self.begun, self.stage_started = self.done, time.perf_counter()
         return self.done
 
+    def is_stale(self):
+        """Whether the validation accuracy of this stage last rose --patience epochs ago."""
+        scores = [row["val_top1"] for row in self.history if row["stage"] == self.stage]
+        since = len(scores) - 1 - scores.index(max(scores)) if scores else 0
+        return self.args.patience is not None and since >= self.args.patience
+
     def begin_epoch(self, images, steps):
         """Begin an epoch that trains on so many images in so many steps."""
         self.images, self.steps, self.losses, self.epoch_started = images, steps, [], time.perf_counter()
@@ -313,6 +319,9 @@ def fit(run, stage, network, trained, train, val, optimizer, epochs):
     loss_function, amp = choose_loss(args), None if args.amp == "off" else getattr(torch, args.amp)
     parallel = DistributedDataParallel(network) if count > 1 else network
     for epoch in range(run.begin_stage(stage, epochs, optimizer), epochs):
+        if run.is_stale():
+            print(f"{stage} ends early: validation accuracy last rose {args.patience} epochs ago", flush=True)
+            break
         run.begin_epoch(train.epoch_size(), steps)
         torch.manual_seed(data.mix(args.seed, stage, epoch, data.processes(), "dropout"))
         network.eval()

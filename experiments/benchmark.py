@@ -4,16 +4,19 @@
     python experiments/benchmark.py photos --photos path/to/class/folders
     python experiments/benchmark.py memory
     python experiments/benchmark.py training --data-dir /usr/share/datasets/fashion-mnist
+    python experiments/benchmark.py finetuning --photos path/to/class/folders --checkpoint imagenet
 
 Every row is the median of several rounds, and the ways take turns within a round: what else the machine does, it does to all.
 """
 
 import argparse
+import io
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +30,9 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import finetune  # noqa: E402
 import train  # noqa: E402
-from mobilenetv2 import MobileNetV2  # noqa: E402
+from mobilenetv2 import MobileNetV2, read_pretrained, to_torchvision  # noqa: E402
 
 ROUNDS = 3
 
@@ -113,14 +117,19 @@ def make_photos(folder, count, size):
         v2.functional.to_pil_image(picture).save(path, quality=90)
 
 
+def usual_images(folder, split, training):
+    """torchvision's ImageFolder with the transforms of data.py, restricted to the files of `split`."""
+    size, mean, deviation = (split.preprocessing[key] for key in ("image_size", "mean", "std"))
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, deviation)])
+    usual = datasets.ImageFolder(folder, transform=v2.Compose([data.photo_transform(size, training), normalise]))
+    chosen = {str(path) for path in split.images}
+    return Subset(usual, [index for index, (path, _) in enumerate(usual.samples) if path in chosen])
+
+
 def photo_ways(folder, size, batch_size):
     """The same files with the same transforms as torchvision's ImageFolder, and as a split of data.py."""
     split = data.load_data(folder, {"image_size": size}, batch_size=batch_size).train
-    mean, deviation = split.preprocessing["mean"], split.preprocessing["std"]
-    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, deviation)])
-    usual = datasets.ImageFolder(folder, transform=v2.Compose([data.photo_transform(size, training=True), normalise]))
-    chosen = {str(path) for path in split.images}
-    return Subset(usual, [index for index, (path, _) in enumerate(usual.samples) if path in chosen]), split
+    return usual_images(folder, split, training=True), split
 
 
 def compare_photos(title, folder, repeats, batch_size):
@@ -252,12 +261,103 @@ def training(args):
         shares_of_a_step(split.batches(0), 2)
 
 
+def usual_stage(network, groups, loaders, epochs):
+    """Train the parameters in `groups` in the loop of the tutorials; returns the best validation accuracy.
+
+    Every epoch decodes and augments every image and sends it through the whole network; what is frozen gets no gradient.
+    """
+    optimizer, best = torch.optim.AdamW(groups), 0.0
+    network.requires_grad_(False)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    for epoch in range(epochs):
+        network.eval()  # BatchNorm keeps its statistics, as in finetune.py
+        network.classifier.train()
+        factors = train.schedule("cosine", epoch, epochs, len(loaders[0]))
+        for factor, (images, labels) in zip(factors, loaders[0], strict=True):
+            for group in groups:
+                group["lr"] = group["base_rate"] * factor
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(images), labels, label_smoothing=0.1).backward()
+            optimizer.step()
+        network.eval()
+        with torch.no_grad():
+            right = sum((network(images).argmax(dim=1) == labels).sum().item() for images, labels in loaders[1])
+        best = max(best, right / len(loaders[1].dataset))
+    return best
+
+
+def usual_finetuning(args):
+    """Both stages with torchvision's network, ImageFolder, and finetune.py's epochs, rates and schedule.
+
+    Returns [(seconds since the start, best accuracy)] after each stage.
+    """
+    begun, dataset, results = time.perf_counter(), data.load_for(args), []
+    loaders = []
+    for split, training in ((dataset.train, True), (dataset.val, False)):
+        images = usual_images(args.data, split, training)
+        loaders.append(DataLoader(images, batch_size=args.batch_size, shuffle=training))
+    network = mobilenet_v2()
+    network.load_state_dict(to_torchvision(read_pretrained(args.checkpoint)["model"]))
+    network.classifier[1] = torch.nn.Linear(1280, len(dataset.classes))
+    head, last = network.classifier, network.features[18 - args.unfreeze :]
+    head_groups = train.parameter_groups(head.parameters(), args.learning_rate, args.weight_decay)
+    for groups, epochs in (
+        (head_groups, args.head_epochs),
+        (finetune.block_groups(last, head, args), args.epochs),
+    ):
+        best = usual_stage(network, groups, loaders, epochs)
+        results.append((time.perf_counter() - begun, best))
+    return results
+
+
+def our_finetuning(args, epochs):
+    """finetune.py with so many epochs of its second stage: (seconds, best accuracy)."""
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        args = argparse.Namespace(**vars(args) | {"out": Path(folder), "epochs": epochs})
+        dataset, model = finetune.start(args, "cpu")
+        run = train.Run(args, model, dataset)
+        finetune.tune(run, model, dataset, args)
+    return time.perf_counter() - begun, run.best
+
+
+def finetuning(args):
+    """Fine-tuning at 160 pixels, five epochs a stage, beside the loop of the tutorials with the same settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.photos:
+            make_photos(folder, 200, (256, 320))
+        torch.save(mobilenet_v2().state_dict(), Path(folder, "random.pth"))  # the weights do not change the time
+        start = args.checkpoint or Path(folder, "random.pth")
+        options = ["--data", args.photos or folder, "--checkpoint", start, "--image-size", 160]
+        options += ["--head-epochs", 5, "--epochs", 5]
+        args = finetune.command_line().parse_args(list(map(str, options)))
+        results = {"usual loop": [], "finetune.py": []}
+        for seed in range(ROUNDS):
+            args.seed = seed
+            torch.manual_seed(seed)
+            results["usual loop"].append(usual_finetuning(args))
+            torch.manual_seed(seed)
+            results["finetune.py"].append([our_finetuning(args, epochs) for epochs in (0, args.epochs)])
+    print(f"\nfine-tuning, 5 epochs a stage ({torch.get_num_threads()} threads, seconds, median of {ROUNDS} and range)")
+    for stage, name in enumerate(("stage head", "both stages")):
+        medians = []
+        for way, rounds in results.items():
+            seconds, accuracies = zip(*(stages[stage] for stages in rounds), strict=True)
+            medians.append(statistics.median(seconds))
+            accuracy = f"validation accuracy {statistics.mean(accuracies):.1%}"
+            print(f"  {name:11}  {way:11} {medians[-1]:6.1f}   {min(seconds):.1f} to {max(seconds):.1f}   {accuracy}")
+        print(f"  {name:11}  finetune.py is {medians[0] / medians[1]:.2f} times as fast", flush=True)
+
+
 def main():
-    questions = {"small": small, "photos": photos, "memory": memory, "training": training}
+    questions = {"small": small, "photos": photos, "memory": memory, "training": training, "finetuning": finetuning}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", help="what to measure; nothing: everything")
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where Fashion-MNIST is")
     parser.add_argument("--photos", type=Path, help="class folders of photos, measured beside made-up ones")
+    parser.add_argument("--checkpoint", help="what finetuning starts from; nothing: random weights, equally fast")
     args = parser.parse_args()
     unknown = set(args.questions) - set(questions)
     if unknown:

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torchvision
 from conftest import SMALL, call_script
+from torch import nn
 
 import data
 import evaluate
 import finetune
+import mobilenetv2
 import train
 from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint, to_torchvision
 
@@ -45,59 +47,157 @@ def tuned(start, tmp_path_factory):
     return folder
 
 
-def test_cached_features_are_the_live_ones():
+@pytest.mark.parametrize("count", (0, 3, 17))
+def test_front_backbone_and_head_are_the_network_cut_in_three(count):
+    model = MobileNetV2(10, 0.35).eval()
+    front, backbone, head = finetune.divide(model, count)
+    images = torch.randn(2, 3, 32, 32)
+    maps = front(images)
+    assert torch.equal(backbone(maps), model.features(images))
+    assert torch.equal(head(backbone(maps)), model(images))
+    layers = BLOCK_LAYERS if count == 17 else BLOCK_LAYERS[18 - count :]
+    behind = {id(parameter) for part in (backbone, head) for parameter in part.parameters()}
+    named = {name for name, parameter in model.named_parameters() if id(parameter) in behind}
+    assert named == {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{x}." for x in layers))}
+    assert not behind & {id(parameter) for parameter in front.parameters()}
+    assert torch.equal(maps, images) == (count == 17)
+
+
+def test_kept_maps_and_features_are_the_live_ones():
     dataset = data.load_data("digits", per_class=3, batch_size=16)
     dataset.train.repeats = 2
     model = MobileNetV2(10, 0.35, output_stride=16)
-    cached = finetune.compute_features(model, dataset.train)
-    images = torch.cat([images for images, _ in dataset.train.batches()])
+    nn.init.normal_(model.stem.norm.running_mean)  # so that training mode would give other numbers
+    front, backbone, _ = finetune.divide(model, 5)
+    kept = finetune.freeze(front, dataset.train, views=3)
+    features = finetune.freeze(backbone, kept)
+    model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(cached.images, model.eval().features(images), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model.classifier(cached.images), model(images), rtol=1e-4, atol=1e-5)
-    assert torch.equal(cached.labels, dataset.train.labels)
-    more = finetune.compute_features(model, dataset.train, passes=3)  # 30 as they are, two epochs of 60
-    assert more.images.shape == (150, 1280) and torch.equal(more.images[:30], cached.images)
-    assert torch.bincount(more.labels).tolist() == [15] * 10
-    assert more.steps() == len(list(more.batches(0))) == 10
-    assert sum(len(labels) for _, labels in more.batches(0)) == more.epoch_size() == 150
+        (maps, labels), (vectors, same_labels) = next(kept.batches()), next(features.batches())
+        images, expected_labels = next(dataset.train.batches())
+        torch.testing.assert_close(maps, front(images))
+        torch.testing.assert_close(vectors, model.features(images))
+        assert torch.equal(labels, expected_labels) and torch.equal(same_labels, labels)
+        # In the epoch of a view the maps are those of the images that data.py gives for it, in another order.
+        for epoch, view in ((0, None), (1, 1), (2, 2), (3, None), (5, 2)):
+            live = torch.cat([front(images) for images, _ in dataset.train.batches(view)])
+            live = torch.cat([live, live]) if view is None else live
+            given = torch.cat([maps for maps, _ in kept.batches(epoch)])
+            assert given.shape == live.shape == (60, 64 // 2, 4, 4)
+            torch.testing.assert_close(*(maps.sum(dim=(1, 2, 3)).sort().values for maps in (given, live)))
+    assert features.steps() == kept.steps() == len(list(features.batches(7))) == 4
 
 
-@pytest.mark.parametrize("count", (0, 3, 17))
-def test_unfreeze_leaves_the_last_blocks_the_head_and_the_classifier(count):
+class Counted(nn.Module):
+    """Layers that count the images that they are shown."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers, self.images = layers, 0
+
+    def forward(self, x):
+        self.images += len(x)
+        return self.layers(x)
+
+
+def test_the_frozen_layers_see_each_image_once_a_view_and_anew_only_where_nothing_is_kept():
+    dataset = data.load_data("digits", per_class=3, batch_size=16)
+    dataset.train.repeats = 2
+    for views, expected in ((1, 30), (3, 30 + 2 * 60), (0, 6 * 60)):
+        layers = Counted(MobileNetV2(10, 0.35, output_stride=16).stem)
+        split = finetune.freeze(layers, dataset.train, views)
+        for epoch in range(6):
+            batches = list(split.batches(epoch))
+            assert len(batches) == split.steps() and not batches[0][0].requires_grad
+        assert layers.images == expected
+
+
+def test_maps_that_do_not_fit_into_memory_are_not_kept(start, tmp_path, call, monkeypatch):
+    seen = {}
+    real = finetune.train_blocks
+
+    def remember(run, backbone, head, train, val, args):
+        seen.update(train=train, val=val)
+        return real(run, backbone, head, train, val, args)
+
+    monkeypatch.setattr(finetune, "train_blocks", remember)
+    command = (*SHORT, "--checkpoint", start, "--views", 2)
+    assert "GB would be needed" not in call(finetune, *command, "--out", tmp_path / "kept")[1]
+    assert sorted(seen["train"].kept, key=str) == [1, None] and list(seen["val"].kept) == [None]
+    monkeypatch.setattr(finetune, "KEEP_BYTES", 0)
+    code, out, _ = call(finetune, *command, "--out", tmp_path / "fresh")
+    assert code == 0 and out.count("GB would be needed") == 2
+    assert seen["train"].kept == seen["val"].kept == {}
+
+
+def test_learning_rates_fall_towards_the_input_and_biases_have_no_decay():
     model = MobileNetV2(10, 0.35)
-    finetune.unfreeze(model, count)
-    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    layers = BLOCK_LAYERS if count == 17 else BLOCK_LAYERS[18 - count :]
-    assert free == {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{x}." for x in layers))}
+    _, backbone, head = finetune.divide(model, 3)
+    args = finetune.command_line().parse_args([])
+    args.learning_rate, args.weight_decay = 1.0, 0.01
+    rates = {}
+    for group in finetune.block_groups(backbone, head, args):
+        assert group["lr"] == group["base_rate"]
+        for parameter in group["params"]:
+            rates[parameter] = group["lr"]
+            assert group["weight_decay"] == (0.01 if parameter.dim() > 1 else 0)
+    ratio, decay = finetune.BACKBONE_RATE, finetune.BLOCK_DECAY
+    expected = {"blocks.14": decay**3, "blocks.15": decay**2, "blocks.16": decay, "head": 1}
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        wanted = [ratio * rate for part, rate in expected.items() if f"{layer}.".startswith(f"{part}.")]
+        wanted += [1.0] if layer == "classifier" else []
+        assert [rates[parameter]] == pytest.approx(wanted) if wanted else parameter not in rates
 
 
-@pytest.mark.parametrize("count", (2, 17))
-def test_what_is_frozen_stays_bit_equal_and_what_is_not_moves(start, tmp_path, call, count, monkeypatch):
+@pytest.mark.parametrize("options", (("--unfreeze", "2"), ("--unfreeze", "all"), ("--unfreeze", "2", "--train-batch-norm")))
+def test_what_is_frozen_stays_bit_equal_and_what_is_not_moves(start, tmp_path, call, options, monkeypatch):
     before = load_checkpoint(start)[0].state_dict()
     after_head = {}
     real = finetune.train_blocks
 
-    def remember(run, model, *arguments):
-        after_head.update({key: tensor.clone() for key, tensor in model.state_dict().items()})
-        return real(run, model, *arguments)
+    def remember(run, *arguments):
+        after_head.update({key: tensor.clone() for key, tensor in run.model.state_dict().items()})
+        return real(run, *arguments)
 
     monkeypatch.setattr(finetune, "train_blocks", remember)
-    code, *_ = call(finetune, *SHORT, "--checkpoint", start, "--unfreeze", count, "--out", tmp_path)
+    code, *_ = call(finetune, *SHORT, "--checkpoint", start, *options, "--out", tmp_path)
     assert code == 0
     same_head = {key: tensor for key, tensor in after_head.items() if not key.startswith("classifier")}
     assert all(torch.equal(before[key], tensor) for key, tensor in same_head.items())
     after = load_checkpoint(tmp_path / "last.pt")[0].state_dict()
-    assert changed_layers(after_head, after) == list(BLOCK_LAYERS if count == 17 else BLOCK_LAYERS[18 - count :])
+    free = BLOCK_LAYERS if "all" in options else BLOCK_LAYERS[18 - 2 :]
+    for key in after:
+        statistics = key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        moves = key.startswith(tuple(f"{layer}." for layer in free)) and (not statistics or len(options) == 3)
+        assert torch.equal(after_head[key], after[key]) != moves, key
+
+
+def test_early_stopping_ends_each_stage_and_keeps_the_best(start, tmp_path, call, monkeypatch):
+    # head: rises in its second epoch; blocks: in its first, never above the head's best
+    scores = iter([0.5, 0.6, 0.6, 0.4, *[0.5, 0.3, 0.5]])
+    monkeypatch.setattr(train, "score", lambda *_: {"loss": 1.0, "top1": next(scores)})
+    options = (*SHORT, "--head-epochs", 9, "--epochs", 9, "--patience", 2, "--checkpoint", start, "--out", tmp_path)
+    code, out, _ = call(finetune, *options)
+    history = load_checkpoint(tmp_path / "last.pt")[1]["history"]
+    assert code == 0 and [row["stage"] for row in history] == ["head"] * 4 + ["blocks"] * 3
+    assert "head ends early: validation accuracy last rose 2 epochs ago" in out and "blocks ends early" in out
+    best, checkpoint = load_checkpoint(tmp_path / "best.pt")
+    assert len(checkpoint["history"]) == 3
+    frozen = load_checkpoint(start)[0].state_dict()
+    assert changed_layers(frozen, best.state_dict()) == ["classifier"]
+    assert call(finetune, *options, "--resume")[0] == 0  # a run that ended early is over
+    assert load_checkpoint(tmp_path / "last.pt")[1]["history"] == history
 
 
 def test_stage_blocks_starts_from_the_best_head_and_the_best_of_both_is_kept(start, tmp_path, call, monkeypatch):
     seen = {}
     real = finetune.train_blocks
 
-    def remember(run, model, dataset, args):
-        seen["classifier"] = model.classifier.weight.clone()
-        seen["best"] = load_checkpoint(args.out / "best.pt")[0].classifier.weight
-        return real(run, model, dataset, args)
+    def remember(run, *arguments):
+        seen["classifier"] = run.model.classifier.weight.clone()
+        seen["best"] = load_checkpoint(run.folder / "best.pt")[0].classifier.weight
+        return real(run, *arguments)
 
     monkeypatch.setattr(finetune, "train_blocks", remember)
     call(finetune, *SHORT, "--head-epochs", 5, "--checkpoint", start, "--out", tmp_path)
@@ -127,16 +227,46 @@ def test_a_run_leaves_one_history_over_both_stages_and_the_same_command_the_same
         assert (tmp_path / name).read_bytes() == (tuned / name).read_bytes()
 
 
-def test_it_starts_from_a_torchvision_file_and_keeps_its_normalisation(tmp_path, call):
-    weights = torchvision.models.mobilenet_v2(width_mult=0.35).state_dict()
+def weights_of_torchvision(tmp_path):
+    weights = torchvision.models.mobilenet_v2(num_classes=7, width_mult=0.35).state_dict()
     torch.save(weights, tmp_path / "theirs.pth")
+    return weights, tmp_path / "theirs.pth"
+
+
+def test_it_starts_from_a_torchvision_file_and_keeps_its_normalisation(tmp_path, call):
+    weights, path = weights_of_torchvision(tmp_path)
     options = (*SHORT, "--unfreeze", 0)
-    code, out, _ = call(finetune, *options, "--checkpoint", tmp_path / "theirs.pth", "--out", tmp_path / "run")
-    assert code == 0 and "from " in out
+    code, out, _ = call(finetune, *options, "--checkpoint", path, "--out", tmp_path / "run")
+    assert code == 0
+    assert f"from {path}: stem, 17 blocks and last convolution, width 0.35, output stride 32" in out
+    assert "classifier: fresh, for 10 classes (the weights know 7)" in out
     model, checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     assert torch.equal(model.stem.conv.weight, weights["features.0.0.weight"])
     assert checkpoint["preprocessing"] == data.PREPROCESSING["flowers"] | {"image_size": 16, "channels": 1}
     assert call(evaluate, "--checkpoint", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval")[0] == 0
+
+
+def test_imagenet_is_the_file_of_torchvision(tmp_path, call, monkeypatch):
+    weights, path = weights_of_torchvision(tmp_path)
+    monkeypatch.setattr(mobilenetv2, "download_imagenet", lambda: path)
+    options = (*SHORT, "--checkpoint", "imagenet", "--epochs", 0, "--out", tmp_path / "run")
+    code, out, _ = call(finetune, *options)
+    assert code == 0 and "from imagenet: stem, 17 blocks" in out
+    model = load_checkpoint(tmp_path / "run" / "best.pt")[0]
+    assert torch.equal(model.head.conv.weight, weights["features.18.0.weight"])
+
+
+def test_a_checkpoint_of_any_width_and_output_stride_goes_on_with_them_or_with_another_stride(tmp_path, call):
+    model = MobileNetV2(3, 0.5, output_stride=8)
+    save_checkpoint(tmp_path / "start.pt", model, ["one", "two", "three"], data.SMALL)
+    for options, stride in (((), 8), (("--output-stride", 16), 16)):
+        folder = tmp_path / str(stride)
+        command = (*SHORT, "--checkpoint", tmp_path / "start.pt", "--epochs", 0, *options, "--out", folder)
+        code, out, _ = call(finetune, *command)
+        assert code == 0 and f"width 0.5, output stride {stride}" in out and "stage blocks" not in out
+        tuned, checkpoint = load_checkpoint(folder / "best.pt")
+        assert tuned.arch == model.arch | {"num_classes": 10, "output_stride": stride}
+        assert {row["stage"] for row in checkpoint["history"]} == {"head"}
 
 
 def test_as_many_classes_with_other_names_get_a_fresh_classifier(tmp_path, call, monkeypatch):
@@ -160,7 +290,7 @@ def test_as_many_classes_with_other_names_get_a_fresh_classifier(tmp_path, call,
         code, out, _ = call(finetune, *SHORT, "--checkpoint", tmp_path / f"{name}.pt", "--out", tmp_path / name)
         tuned = load_checkpoint(tmp_path / name / "best.pt")[0]
         kept[name] = torch.equal(tuned.classifier.weight, model.classifier.weight)
-        assert code == 0 and kept[name] == ("classifier: fresh" not in out)
+        assert code == 0 and kept[name] == ("classifier: fresh" not in out) == ("classifier: kept" in out)
         assert torch.equal(tuned.head.conv.weight, model.head.conv.weight)
     assert kept == {"letters": False, "digits": True, "torchvision": False}
 

@@ -20,8 +20,15 @@ from torch import nn
 
 import data
 import train
-from finetune import Features
 from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint
+
+
+class Vectors(data.Split):
+    """Inputs (N, D) of a small network, as a split."""
+
+    def batches(self, epoch=None):
+        for indices in self.indices(epoch):
+            yield self.images[indices], self.labels[indices]
 
 
 def test_the_schedule_is_a_warm_up_and_a_cosine():
@@ -221,7 +228,7 @@ def test_training_learns(tmp_path):
     model = MobileNetV2(2, 0.35, output_stride=8).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 0.02, 4e-5), momentum=0.9)
     args = SimpleNamespace(out=tmp_path, resume=False, overwrite=False, seed=0, amp="off", schedule="cosine")
-    args.loss, args.label_smoothing = "cross-entropy", 0.1
+    args.loss, args.label_smoothing, args.patience = "cross-entropy", 0.1, None
     run = train.Run(args, model, dataset)
     train.fit(run, "scratch", model, [model], split, split, optimizer, 4)
     assert run.history[-1]["val_top1"] > 0.9
@@ -236,10 +243,11 @@ def test_every_loss_learns_and_amp_computes_in_fewer_bits(loss, amp):
     network, types, rows = nn.Linear(8, 2), set(), []
     network.register_forward_hook(lambda layer, inputs, output: types.add(output.dtype) if layer.training else None)
     inputs = torch.randn(64, 8)
-    split = Features(images=inputs, labels=(inputs.sum(dim=1) > 0).long(), batch_size=8, seed=0)
+    split = Vectors(images=inputs, labels=(inputs.sum(dim=1) > 0).long(), batch_size=8, seed=0)
     args = SimpleNamespace(loss=loss, label_smoothing=0, amp=amp, schedule="cosine", seed=0)
     run = SimpleNamespace(args=args, epoch_started=0, end_epoch=lambda row, seconds: rows.append(row))
     run.begin_stage, run.begin_epoch, run.progress = lambda *_: 0, lambda *_: None, lambda *_: None
+    run.is_stale = lambda: False
     optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 1, 0), lr=1)
     train.fit(run, "scratch", network, [network], split, split, optimizer, 10)
     assert types == {torch.float32 if amp == "off" else getattr(torch, amp)} and network.weight.dtype == torch.float32
@@ -454,7 +462,7 @@ def test_processes_share_every_batch_and_see_each_image_once(count, batch_size, 
 
 def test_fewer_images_than_processes_need_are_refused(monkeypatch):
     monkeypatch.setattr(data, "processes", lambda: (0, 3))
-    split = Features(images=torch.randn(5, 3), labels=torch.arange(5) % 2, batch_size=6, seed=0)
+    split = Vectors(images=torch.randn(5, 3), labels=torch.arange(5) % 2, batch_size=6, seed=0)
     with pytest.raises(data.DataError, match="lower --nproc-per-node"):
         train.fit(SimpleNamespace(args=None), "scratch", None, [], split, split, None, 1)
 
@@ -463,7 +471,7 @@ def train_linear(wrap=lambda network: network):
     """An epoch of two steps, in which two processes have shares of 4 and 3 images, then of 3 and 2. The weights."""
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
-    split = Features(images=torch.randn(12, 3), labels=torch.arange(12) % 2, batch_size=7, seed=0)
+    split = Vectors(images=torch.randn(12, 3), labels=torch.arange(12) % 2, batch_size=7, seed=0)
     optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 1, 0))
     train.train_epoch(
         wrap(network), split.batches(0), optimizer, [1.0] * 2, nn.functional.cross_entropy, lambda *_: None
