@@ -22,7 +22,7 @@ from mobilenetv2 import CheckpointError, load_pretrained, read_file, read_pretra
 from train import Run, begin, fit, parameter_groups
 
 BACKBONE_RATE = 0.5  # learning rate of the last convolution, as a share of the classifier's
-BLOCK_DECAY = 0.8  # that of each block, as a share of the rate of the layer behind it
+BLOCK_DECAY = 0.9  # that of each block, as a share of the rate of the layer behind it
 KEEP_BYTES = 2e9  # of memory for what comes out of the frozen layers
 # The optimiser of both stages is AdamW (Loshchilov and Hutter, arXiv:1711.05101). How large the features are differs from
 # network to network, and with it the learning rate that SGD can bear; Adam's steps do not depend on the size of the
@@ -188,9 +188,9 @@ def command_line():
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help=text)
     data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
     text = "how many of the 17 blocks stage blocks trains, the last ones, or all"
-    data.add_number(parser, "--unfreeze", number_or_all, 0, 17, 14, text)
+    data.add_number(parser, "--unfreeze", number_or_all, 0, 17, 11, text)
     text = "versions of each image in stage blocks: as it is, and augmented; 0: new ones in every epoch"
-    data.add_number(parser, "--views", int, 0, 1000, 0, text)
+    data.add_number(parser, "--views", int, 0, 1000, 4, text)
     text = "let BatchNorm's mean and deviation follow the new images"
     parser.add_argument("--train-batch-norm", action="store_true", help=text)
     return parser
