@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"))
     parser.add_argument("--checkpoint", default="runs/train/best.pt")
     parser.add_argument("--image-size", type=int)
-    parser.add_argument("--epochs", type=int, default=10, help="of train.py, and of finetune.py's second stage")
+    parser.add_argument("--epochs", type=int, default=5, help="of train.py, and of finetune.py's second stage")
     parser.add_argument("--width", type=float, default=0.5, help="of the network from scratch")
     parser.add_argument("--output-stride", type=int, default=16, help="of that one, too")
     parser.add_argument("--seeds", type=int, default=3, help="how many, at least two")

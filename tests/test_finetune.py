@@ -333,7 +333,7 @@ def make_bad(kind, tmp_path, start):
             (folder / name).write_bytes(b"not an image")
         return ("--checkpoint", start, "--data", folder, "--workers", 0), "no image in"
     if kind == "epochs":
-        return ("--checkpoint", start, "--epochs", -1), "'-1' is not from 1"
+        return ("--checkpoint", start, "--epochs", -1), "'-1' is not from 0"
     return ("--checkpoint", start, "--data", "letters"), "'letters' is neither a data set"
 
 
