@@ -49,8 +49,7 @@ from torchvision.transforms import v2
 
 # What a network is trained with when it does not start from another one that says so itself (its checkpoint). Mean and
 # deviation are of pixels in 0..1: of augmented glyphs, and taken for digits, too; of all training images of MNIST,
-# Fashion-MNIST and CIFAR-10 at their own size; of ImageNet, for all photos. (`python data.py` measures those of training
-# images as the network sees them: resizing to 32 pixels makes the deviation of Fashion-MNIST 0.338.)
+# Fashion-MNIST and CIFAR-10 at their own size; of ImageNet, for all photos. (`python data.py` measures those of resized images.)
 SMALL = {"image_size": 32, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
 PREPROCESSING = {
     "glyphs": SMALL,
@@ -307,13 +306,9 @@ def distort(images, size, generator):
     scale_x, scale_y = uniform(0.25).exp(), uniform(0.25).exp()
     cos, sin = angle.cos(), angle.sin()
     # Where in the input each output pixel comes from: rotation · shear · scale, then the shift. (N, 2, 3)
-    matrix = torch.stack(
-        [
-            torch.stack([scale_x * cos, scale_y * (cos * shear - sin), uniform(0.15)], dim=1),
-            torch.stack([scale_x * sin, scale_y * (sin * shear + cos), uniform(0.15)], dim=1),
-        ],
-        dim=1,
-    )
+    to_x = torch.stack([scale_x * cos, scale_y * (cos * shear - sin), uniform(0.15)], dim=1)
+    to_y = torch.stack([scale_x * sin, scale_y * (sin * shear + cos), uniform(0.15)], dim=1)
+    matrix = torch.stack([to_x, to_y], dim=1)
     grid = functional.affine_grid(matrix, (count, 1, size, size), align_corners=False)  # (N, S, S, 2), from -1 to 1
     warp = functional.interpolate(uniform(0.12, 2, 4, 4), size=(size, size), mode="bicubic")
     images = functional.grid_sample(images, grid + warp.permute(0, 2, 3, 1), align_corners=False)
@@ -831,10 +826,9 @@ def find_fonts(names):
     matplotlib.rcParams.update({"font.family": families, "text.parse_math": False})  # a class may be called $5
     if lacking:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # this one line is enough
-        warn(
-            f"no font here has {''.join(map(chr, sorted(lacking)))}: pictures show boxes instead. Install one, such as Noto"
-            " Sans CJK for Chinese, Japanese and Korean (Debian, Ubuntu: apt install fonts-noto-cjk)"
-        )
+        mend = "Noto Sans CJK for Chinese, Japanese and Korean (Debian, Ubuntu: apt install fonts-noto-cjk)"
+        lacking = "".join(map(chr, sorted(lacking)))
+        warn(f"no font here has {lacking}: pictures show boxes instead. Install one, such as {mend}")
 
 
 # -------------------------------------------------------------------------- the command line that the scripts share

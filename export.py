@@ -22,19 +22,12 @@ from mobilenetv2 import CheckpointError, write_file
 
 TOLERANCE = 1e-4  # of a logit
 BATCH_SIZES = (1, 3, 16)  # each file is tried with all of them: a batch size must not have become a constant
+warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation is told above
 
 
 def export_torchscript(model, images, file):
     """Trace the network: record what it does with `images`. Right for a network without branches on its input."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the deprecation is told above
-        torch.jit.save(torch.jit.trace(model, images), file)
-
-
-def load_torchscript(file):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.load(file)
+    torch.jit.save(torch.jit.trace(model, images), file)
 
 
 def export_pt2(model, images, file):
@@ -49,7 +42,7 @@ def load_pt2(file):
 
 
 FORMATS = {
-    "torchscript": ("model.torchscript.pt", export_torchscript, load_torchscript),
+    "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load),
     "pt2": ("model.pt2", export_pt2, load_pt2),
 }
 

@@ -60,7 +60,7 @@ class Frozen(data.Split):
         if self.views == 0:
             yield from self.compute(epoch)
             return
-        maps, labels = self.keep(None if epoch is None else epoch % self.views or None)
+        maps, labels = self.keep(None if epoch is None else epoch % self.views or None)  # None: as they are
         for indices in self.indices(epoch):
             indices = indices % len(maps)  # the pass over the images as they are has each once, whatever `repeats` is
             yield maps[indices].to(self.device), labels[indices].to(self.device)
@@ -89,8 +89,7 @@ def divide(model, count):
 def views_that_fit(front, split, views, images):
     """`views`, or 0 where so many maps of so many images would take more memory than KEEP_BYTES."""
     size = split.preprocessing["image_size"]
-    maps = front(torch.zeros(1, 3, size, size, device=split.device))  # (1, C, H, W)
-    needed = maps.nbytes * views * images
+    needed = front(torch.zeros(1, 3, size, size, device=split.device)).nbytes * views * images
     if needed > KEEP_BYTES:
         print(f"{needed / 1e9:.1f} GB would be needed to keep what the frozen layers give: every epoch computes it anew")
     return views if needed <= KEEP_BYTES else 0
@@ -113,14 +112,14 @@ def block_groups(backbone, head, args):
     """Groups for the optimiser, from the input to the classifier: the nearer to the input, the lower the learning rate.
 
     First layers see what all images have in common, last layers what the old classes had (Yosinski et al., arXiv:1411.1792):
-    the last have the most to unlearn. Howard and Ruder (arXiv:1801.06146, §3.1) call this discriminative fine-tuning.
+    the last have the most to unlearn. Howard and Ruder (arXiv:1801.06146, §3.2) call this discriminative fine-tuning.
     """
     layers = [layer for layer in backbone if list(layer.parameters())]  # without the pooling
     rates = [args.learning_rate * BACKBONE_RATE * BLOCK_DECAY**depth for depth in reversed(range(len(layers)))]
-    pairs = [*zip(layers, rates, strict=True), (head, args.learning_rate)]
-    return [
-        group for layer, rate in pairs for group in parameter_groups(layer.parameters(), rate, args.weight_decay)
-    ]
+    groups = []
+    for layer, rate in (*zip(layers, rates, strict=True), (head, args.learning_rate)):
+        groups += parameter_groups(layer.parameters(), rate, args.weight_decay)
+    return groups
 
 
 def train_blocks(run, backbone, head, train, val, args):
@@ -161,11 +160,8 @@ def start(args, device):
     model = load_pretrained(source, output_stride=args.output_stride)
     print(
         f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
-        f" images of {dataset.preprocessing['image_size']} pixels, on {device}"
-    )
-    print(
-        f"from {args.checkpoint}: stem, {len(model.blocks)} blocks and last convolution, width {model.arch['width_mult']:g},"
-        f" output stride {model.arch['output_stride']}"
+        f" images of {dataset.preprocessing['image_size']} pixels, on {device}\nfrom {args.checkpoint}: stem, 17 blocks"
+        f" and last convolution, width {model.arch['width_mult']:g}, output stride {model.arch['output_stride']}"
     )
     if source["classes"] == dataset.classes:
         print(f"classifier: kept, it knows these {len(dataset.classes)} classes")
@@ -182,17 +178,14 @@ def command_line():
     parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune")
     data.add_training_options(parser, fewest_epochs=0)  # 0: only stage head
     parser.set_defaults(epochs=10, learning_rate=0.002, weight_decay=0.01, batch_size=64, schedule="cosine", patience=5)
-    text = "start: a checkpoint, a torchvision .pth, or imagenet"
-    parser.add_argument("--checkpoint", default="runs/train/best.pt", help=text)
-    text = "less for small images; None: as the checkpoint has it"
-    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help=text)
+    parser.add_argument("--checkpoint", default="runs/train/best.pt", help="or a torchvision .pth, or imagenet")
+    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="None: as the checkpoint has it")
     data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
     text = "how many of the 17 blocks stage blocks trains, the last ones, or all"
     data.add_number(parser, "--unfreeze", number_or_all, 0, 17, 11, text)
     text = "versions of each image in stage blocks: as it is, and augmented; 0: new ones in every epoch"
     data.add_number(parser, "--views", int, 0, 1000, 4, text)
-    text = "let BatchNorm's mean and deviation follow the new images"
-    parser.add_argument("--train-batch-norm", action="store_true", help=text)
+    parser.add_argument("--train-batch-norm", action="store_true", help="its statistics follow the new images")
     return parser
 
 

@@ -25,36 +25,15 @@ import data
 from evaluate import plot_history, predict, score, write_table
 from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint
 
-# --recipe chooses one; every option given beside it overrides its own.
+# --recipe chooses one; every option given beside it overrides its own. All have a weight decay of 4e-5, as the paper (§6.1).
 RECIPES = {
     # For small images and few epochs; chosen on the validation letters.
-    "small": {
-        "optimizer": "sgd",
-        "schedule": "cosine",
-        "learning_rate": 0.1,
-        "weight_decay": 4e-5,
-        "batch_size": 64,
-        "epochs": 5,
-    },
+    "small": {"optimizer": "sgd", "schedule": "cosine", "learning_rate": 0.1, "batch_size": 64, "epochs": 5},
     # The paper, §6.1: RMSProp with decay and momentum of 0.9, batches of 96 (on each of 16 GPUs). The epochs are not given there.
-    "paper": {
-        "optimizer": "rmsprop",
-        "schedule": "exponential",
-        "learning_rate": 0.045,
-        "weight_decay": 4e-5,
-        "batch_size": 96,
-        "epochs": 300,
-    },
+    "paper": {"optimizer": "rmsprop", "schedule": "exponential", "learning_rate": 0.045, "batch_size": 96, "epochs": 300},
     # Rate, batch, epochs and cosine of https://github.com/d-li14/mobilenetv2.pytorch, which reports 72% on ImageNet with them;
     # the warm-up, Nesterov's momentum and BatchNorm without weight decay are added here, its augmentation is another one.
-    "cosine": {
-        "optimizer": "sgd",
-        "schedule": "cosine",
-        "learning_rate": 0.05,
-        "weight_decay": 4e-5,
-        "batch_size": 256,
-        "epochs": 150,
-    },
+    "cosine": {"optimizer": "sgd", "schedule": "cosine", "learning_rate": 0.05, "batch_size": 256, "epochs": 150},
 }
 WARMUP = 0.1  # share of all steps
 DECAY = 0.98  # of the learning rate, an epoch (§6.1)
@@ -192,9 +171,7 @@ class Run:
             was = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in names)
             raise data.DataError(f"'{path}' was made with {was}: give the same to --resume it, or --overwrite it")
         if (model.arch, checkpoint["classes"]) != (self.model.arch, self.dataset.classes):
-            raise data.DataError(
-                f"'{path}' has other classes or another network, since --data or --checkpoint changed: --overwrite it"
-            )
+            raise data.DataError(f"'{path}' has other classes or another network than --data and --checkpoint: --overwrite it")
         self.model.load_state_dict(model.state_dict())
         self.history, self.state = checkpoint["history"], checkpoint["state"]
         self.keep_best()
@@ -226,10 +203,8 @@ class Run:
 
     def save(self, name, **more):
         if data.processes()[0] == 0:
-            dataset = self.dataset
-            save_checkpoint(
-                self.folder / name, self.model, dataset.classes, dataset.preprocessing, self.history, **more
-            )
+            classes, preprocessing = self.dataset.classes, self.dataset.preprocessing
+            save_checkpoint(self.folder / name, self.model, classes, preprocessing, self.history, **more)
 
     def eta(self, part=0.0):
         """Time left in the stage, as its epochs so far and the `part` of the one that runs lead to expect."""
@@ -251,10 +226,8 @@ class Run:
             print(f"\r{where}  {rate:.0f} images/s  {self.eta(part)} ", end="", flush=True)
 
     def stop(self, where):
-        where = f"{self.stage} {self.done + 1}/{self.epochs}, {where},"
-        raise data.DataError(
-            f"the loss of {where} is not finite: lower --learning-rate, with --overwrite or another --out"
-        )
+        where, mend = f"{self.stage} {self.done + 1}/{self.epochs}, {where},", "with --overwrite or another --out"
+        raise data.DataError(f"the loss of {where} is not finite: lower --learning-rate, {mend}")
 
     def end_epoch(self, row, seconds):
         """Record an epoch: its scores, and the seconds that its training took."""
@@ -369,9 +342,8 @@ def main():
     parser.add_argument("--optimizer", choices=("sgd", "rmsprop"), help="sgd: with Nesterov's momentum")
     parser.add_argument("--schedule", choices=("cosine", "exponential"), help="of the learning rate")
     data.add_number(parser, "--width", float, 0.05, 4, 0.5, "width multiplier")
-    text = "32 for photos, less for small images"
-    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help=text)
-    parser.set_defaults(**RECIPES["small"])  # what --help shows
+    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="32 is for photos")
+    parser.set_defaults(weight_decay=4e-5, **RECIPES["small"])  # what --help shows
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
     device = begin(args)
