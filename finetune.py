@@ -23,7 +23,7 @@ from train import Run, begin, fit, parameter_groups
 
 BACKBONE_RATE = 0.5  # learning rate of the last convolution, as a share of the classifier's
 BLOCK_DECAY = 0.9  # that of each block, as a share of the rate of the layer behind it
-KEEP_BYTES = 2e9  # of memory for what comes out of the frozen layers
+KEEP_BYTES = 1e9  # of memory for what comes out of the frozen layers, and twice that while it is put together
 # The optimiser of both stages is AdamW (Loshchilov and Hutter, arXiv:1711.05101). How large the features are differs from
 # network to network, and with it the learning rate that SGD can bear; Adam's steps do not depend on the size of the
 # gradients, so that one default serves letters and photos alike.
@@ -33,9 +33,9 @@ KEEP_BYTES = 2e9  # of memory for what comes out of the frozen layers
 class Frozen(data.Split):
     """A split as frozen layers hand it on: batches of maps (N, C, H, W) or of features (N, 1280), with labels (N,).
 
-    images: the split that `layers` are shown. views: how many versions of each image the epochs of training take turns
-    with: the image as it is, then augmented ones. Each is computed when it is first asked for, and kept. With 0
-    nothing is kept, and every epoch has augmentations of its own.
+    images: the split that `layers` are shown. views: how many passes over it are kept for training, the first over the
+    images as they are, the others over augmented ones; each epoch draws from all of them. With 0 nothing is kept, and
+    every epoch has augmentations of its own.
     """
 
     layers: nn.Module
@@ -49,20 +49,29 @@ class Frozen(data.Split):
             yield maps, labels  # outside, or the caller would have no gradients either
 
     def keep(self, epoch):
-        """Maps and labels of a whole pass, on the CPU. Of several processes each computes a share, and has them all."""
+        """Maps and labels of a pass, on the CPU, computed once. Of several processes each does a share, and has them all."""
         if epoch not in self.kept:
             maps, labels = (torch.cat(parts).cpu() for parts in zip(*self.compute(epoch), strict=True))
             self.kept[epoch] = data.gather(maps), data.gather(labels)
         return self.kept[epoch]
+
+    def pool(self):
+        """Maps and labels of all passes."""
+        if "pool" not in self.kept:
+            passes = [self.keep(view or None) for view in range(self.views)]  # None: as they are
+            self.kept = {"pool": [torch.cat(parts) for parts in zip(*passes, strict=True)]}
+        return self.kept["pool"]
 
     def batches(self, epoch=None):
         """As those of data.py: in order as they are, or for training, given the epoch's number."""
         if self.views == 0:
             yield from self.compute(epoch)
             return
-        maps, labels = self.keep(None if epoch is None else epoch % self.views or None)  # None: as they are
+        maps, labels = self.keep(None) if epoch is None else self.pool()
+        shuffle = torch.Generator().manual_seed(data.mix(self.seed, epoch, "views"))
+        order = torch.arange(len(maps)) if epoch is None else torch.randperm(len(maps), generator=shuffle)
         for indices in self.indices(epoch):
-            indices = indices % len(maps)  # the pass over the images as they are has each once, whatever `repeats` is
+            indices = order[indices % len(order)]  # a single pass, over images as they are, has each once and no `repeats`
             yield maps[indices].to(self.device), labels[indices].to(self.device)
 
 

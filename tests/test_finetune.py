@@ -78,14 +78,18 @@ def test_kept_maps_and_features_are_the_live_ones():
         torch.testing.assert_close(maps, front(images))
         torch.testing.assert_close(vectors, model.features(images))
         assert torch.equal(labels, expected_labels) and torch.equal(same_labels, labels)
-        # In the epoch of a view the maps are those of the images that data.py gives for it, in another order.
-        for epoch, view in ((0, None), (1, 1), (2, 2), (3, None), (5, 2)):
-            live = torch.cat([front(images) for images, _ in dataset.train.batches(view)])
-            live = torch.cat([live, live]) if view is None else live
-            given = torch.cat([maps for maps, _ in kept.batches(epoch)])
-            assert given.shape == live.shape == (60, 64 // 2, 4, 4)
-            torch.testing.assert_close(*(maps.sum(dim=(1, 2, 3)).sort().values for maps in (given, live)))
+        # Every epoch of training draws from the images as they are and two passes of augmented ones, as data.py gives them.
+        live = torch.cat([front(images) for view in (None, 1, 2) for images, _ in dataset.train.batches(view)])
+        epochs = [torch.cat([maps for maps, _ in kept.batches(epoch)]) for epoch in (0, 1, 1)]
+        assert len(live) == 30 + 60 + 60 and epochs[0].shape == (60, 32, 4, 4)
+        for maps in epochs:
+            distances = torch.cdist(maps.flatten(1), live.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+            nearest = distances.min(dim=1)
+            assert nearest.values.max() < 1e-4 * distances.mean() and len(nearest.indices.unique()) == 60
+        assert epochs[1].equal(epochs[2]) and not epochs[0].equal(epochs[1])
     assert features.steps() == kept.steps() == len(list(features.batches(7))) == 4
+    every = torch.cat([vectors for vectors, _ in features.batches(7)])  # each of the 30 twice
+    torch.testing.assert_close(every.sum(dim=1).sort().values[::2], features.keep(None)[0].sum(dim=1).sort().values)
 
 
 class Counted(nn.Module):
@@ -123,7 +127,7 @@ def test_maps_that_do_not_fit_into_memory_are_not_kept(start, tmp_path, call, mo
     monkeypatch.setattr(finetune, "train_blocks", remember)
     command = (*SHORT, "--checkpoint", start, "--views", 2)
     assert "GB would be needed" not in call(finetune, *command, "--out", tmp_path / "kept")[1]
-    assert sorted(seen["train"].kept, key=str) == [1, None] and list(seen["val"].kept) == [None]
+    assert list(seen["train"].kept) == ["pool"] and list(seen["val"].kept) == [None]
     monkeypatch.setattr(finetune, "KEEP_BYTES", 0)
     code, out, _ = call(finetune, *command, "--out", tmp_path / "fresh")
     assert code == 0 and out.count("GB would be needed") == 2
