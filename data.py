@@ -112,7 +112,7 @@ def load_data(
         classes, splits = load_folder(folder, common | {"workers": workers})
     if per_class is not None:
         few = splits["train"].subset(choose_per_class(splits["train"].labels, per_class, seed))
-        # An epoch keeps its size: fewer images are shown more often, and runs with few and many labels take as many steps.
+        # An epoch keeps its size: fewer images are shown more often, and few or many labels take as many steps.
         splits["train"] = replace(few, repeats=max(splits["train"].epoch_size() // len(few), 1))
     return Data(classes, preprocessing, splits["train"], splits["val"], splits.get("test"))
 
@@ -883,8 +883,7 @@ def add_training_options(parser, fewest_epochs=1):
     add_device_option(parser)
     add_image_options(parser)
     add_number(parser, "--epochs", int, fewest_epochs, 100_000, None, "passes over the images; finetune.py: in stage blocks")
-    text = "end when validation accuracy has not risen for so many epochs; None: never"
-    add_number(parser, "--patience", int, 1, 100_000, None, text)
+    add_number(parser, "--patience", int, 1, 100_000, None, "epochs without a higher validation accuracy; None: all")
     add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
     add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
     text = "share of the true class's probability that all classes get; cross-entropy only"

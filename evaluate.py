@@ -40,10 +40,8 @@ def score(logits, labels):
 
     Shapes (N, C), (N,). Top-5 of five classes is always right and says nothing, so it is left out there.
     """
-    scores = {
-        "loss": functional.cross_entropy(logits, labels).item(),
-        "top1": (logits.argmax(dim=1) == labels).double().mean().item(),
-    }
+    right = logits.argmax(dim=1) == labels  # (N,)
+    scores = {"loss": functional.cross_entropy(logits, labels).item(), "top1": right.double().mean().item()}
     if logits.shape[1] > 5:
         among = logits.topk(5, dim=1).indices == labels[:, None]  # (N, 5)
         scores["top5"] = among.any(dim=1).double().mean().item()

@@ -24,9 +24,8 @@ from train import Run, begin, fit, parameter_groups
 BACKBONE_RATE = 0.5  # learning rate of the last convolution, as a share of the classifier's
 BLOCK_DECAY = 0.9  # that of each block, as a share of the rate of the layer behind it
 KEEP_BYTES = 1e9  # of memory for what comes out of the frozen layers, and twice that while it is put together
-# The optimiser of both stages is AdamW (Loshchilov and Hutter, arXiv:1711.05101). How large the features are differs from
-# network to network, and with it the learning rate that SGD can bear; Adam's steps do not depend on the size of the
-# gradients, so that one default serves letters and photos alike.
+# Both stages take AdamW (Loshchilov and Hutter, arXiv:1711.05101). What learning rate SGD bears depends on how large a network's
+# features are; the steps of Adam do not depend on the size of the gradients, so that one default serves letters and photos.
 
 
 @dataclass(kw_only=True)
@@ -107,9 +106,9 @@ def views_that_fit(front, split, views, images):
 def train_head(run, backbone, head, train, val, args):
     """Stage "head": train the classifier on the features of the frozen network.
 
-    The usual loop sends every image through 17 blocks in every epoch, for 1280 numbers that are the same each time. Here
-    that walk is made once, and an epoch is one product of small matrices a batch: twenty cost hardly more than one. The
-    price is that the classifier sees each image as it is, and no augmentation of it.
+    The usual loop sends every image through 17 blocks in every epoch, for 1280 numbers that are the same each time. Here it
+    goes once, and an epoch is one product of small matrices a batch: twenty cost hardly more than one. The price is that
+    the classifier sees each image as it is, and no augmentation of it.
     """
     print("stage head: computing the features of all images, once", flush=True)
     train, val = freeze(backbone, train), freeze(backbone, val)
@@ -120,8 +119,8 @@ def train_head(run, backbone, head, train, val, args):
 def block_groups(backbone, head, args):
     """Groups for the optimiser, from the input to the classifier: the nearer to the input, the lower the learning rate.
 
-    First layers see what all images have in common, last layers what the old classes had (Yosinski et al., arXiv:1411.1792):
-    the last have the most to unlearn. Howard and Ruder (arXiv:1801.06146, §3.2) call this discriminative fine-tuning.
+    First layers see what all images share, last layers what the old classes did (Yosinski et al., arXiv:1411.1792), and have
+    the most to unlearn. Howard and Ruder (arXiv:1801.06146, §3.2) call this discriminative fine-tuning.
     """
     layers = [layer for layer in backbone if list(layer.parameters())]  # without the pooling
     rates = [args.learning_rate * BACKBONE_RATE * BLOCK_DECAY**depth for depth in reversed(range(len(layers)))]

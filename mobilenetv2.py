@@ -78,10 +78,8 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     The convolution has no bias: the normalisation that follows would subtract it again and adds its own.
     ReLU6 is min(max(x, 0), 6): a bounded range survives low-precision arithmetic (§4 of the paper).
     """
-    layers = OrderedDict(
-        conv=nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
-        norm=nn.BatchNorm2d(out_channels),
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+    layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels))
     if activation:
         layers["activation"] = nn.ReLU6(inplace=True)
     return nn.Sequential(layers)

@@ -194,8 +194,7 @@ class Run:
     def is_stale(self):
         """Whether the validation accuracy of this stage last rose --patience epochs ago."""
         scores = [row["val_top1"] for row in self.history if row["stage"] == self.stage]
-        since = len(scores) - 1 - scores.index(max(scores)) if scores else 0
-        return self.args.patience is not None and since >= self.args.patience
+        return bool(scores and self.args.patience) and len(scores) > scores.index(max(scores)) + self.args.patience
 
     def begin_epoch(self, images, steps):
         """Begin an epoch that trains on so many images in so many steps."""
