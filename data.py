@@ -629,10 +629,10 @@ class FolderSplit(Split):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
         # DataLoader hands each element of batch_sampler to __getitems__, in a worker process; default_convert passes the
         # batch on as it is and, other than a lambda, can be sent to workers that are not forked (Windows, macOS).
-        # The workers stay for the next epoch, and find in the list that they got what is to be done then: where processes
-        # are not forked, each would spend seconds on importing torch again.
+        # The workers stay, and find in the list that they got what the next epoch wants: not forked, each would import torch anew.
         if self.loader is None:
             stay = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+            stay["generator"] = torch.Generator()  # not the one that dropout draws from: --resume would end in other bits
             self.loader = DataLoader(replace(self), batch_sampler=self.work, collate_fn=default_convert, **stay)
         self.work[:] = [(epoch, batch.tolist()) for batch in self.indices(epoch)]
         for batch in self.loader:

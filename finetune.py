@@ -7,8 +7,8 @@ Stage "head": the network is frozen and only a classifier is trained, on the fea
 last blocks are trained too, more carefully than the classifier. The first layers stay as they are: edges and strokes
 are edges and strokes in any data set, and few labelled images would only spoil them.
 
-A frozen layer is a fixed function: the same image gives the same numbers in every epoch. So no image goes through
-it twice: what came out is kept (`Frozen`), and the stages train on that.
+A frozen layer is a fixed function: the same picture gives the same numbers in every epoch. So each goes through it
+once: what came out is kept (`Frozen`), and the stages train on that.
 """
 
 import shlex
@@ -50,8 +50,8 @@ class Frozen(data.Split):
     def keep(self, epoch):
         """Maps and labels of a pass, on the CPU, computed once. Of several processes each does a share, and has them all."""
         if epoch not in self.kept:
-            maps, labels = (torch.cat(parts).cpu() for parts in zip(*self.compute(epoch), strict=True))
-            self.kept[epoch] = data.gather(maps), data.gather(labels)
+            pairs = [(maps.cpu(), labels.cpu()) for maps, labels in self.compute(epoch)]
+            self.kept[epoch] = [data.gather(torch.cat(parts)) for parts in zip(*pairs, strict=True)]
         return self.kept[epoch]
 
     def pool(self):

@@ -294,7 +294,7 @@ def usual_finetuning(args):
     Returns [(seconds since the start, best accuracy)] after each stage.
     """
     begun, dataset, results = time.perf_counter(), data.load_for(args), []
-    loaders = []
+    loaders, best = [], 0.0
     for split, training in ((dataset.train, True), (dataset.val, False)):
         images = usual_images(args.data, split, training)
         loaders.append(DataLoader(images, batch_size=args.batch_size, shuffle=training))
@@ -307,7 +307,7 @@ def usual_finetuning(args):
         (head_groups, args.head_epochs),
         (finetune.block_groups(last, head, args), args.epochs),
     ):
-        best = usual_stage(network, groups, loaders, epochs)
+        best = max(best, usual_stage(network, groups, loaders, epochs))
         results.append((time.perf_counter() - begun, best))
     return results
 

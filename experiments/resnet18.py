@@ -70,7 +70,7 @@ def learn_letters(model, args, folder):
 
 
 def transfer(model, preprocessing, args, folder):
-    """Both stages. Returns the accuracy after each, and the seconds that both took."""
+    """Both stages. Returns the accuracy of the best epoch, and the seconds that both took."""
     options = ["--data", args.data, "--data-dir", str(args.data_dir), "--out", str(folder), "--seed", str(args.seed)]
     options += ["--head-epochs", str(args.head_epochs), "--epochs", str(args.epochs)]
     settings = finetune.command_line().parse_args(options)

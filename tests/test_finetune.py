@@ -80,12 +80,15 @@ def test_kept_maps_and_features_are_the_live_ones():
         assert torch.equal(labels, expected_labels) and torch.equal(same_labels, labels)
         # Every epoch of training draws from the images as they are and two passes of augmented ones, as data.py gives them.
         live = torch.cat([front(images) for view in (None, 1, 2) for images, _ in dataset.train.batches(view)])
-        epochs = [torch.cat([maps for maps, _ in kept.batches(epoch)]) for epoch in (0, 1, 1)]
+        live_labels = torch.cat([labels for view in (None, 1, 2) for _, labels in dataset.train.batches(view)])
+        pairs = [[torch.cat(parts) for parts in zip(*kept.batches(epoch), strict=True)] for epoch in (0, 1, 1)]
+        epochs = [maps for maps, _ in pairs]
         assert len(live) == 30 + 60 + 60 and epochs[0].shape == (60, 32, 4, 4)
-        for maps in epochs:
+        for maps, epoch_labels in pairs:
             distances = torch.cdist(maps.flatten(1), live.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
             nearest = distances.min(dim=1)
             assert nearest.values.max() < 1e-4 * distances.mean() and len(nearest.indices.unique()) == 60
+            assert live_labels[nearest.indices].equal(epoch_labels)
         assert epochs[1].equal(epochs[2]) and not epochs[0].equal(epochs[1])
     assert features.steps() == kept.steps() == len(list(features.batches(7))) == 4
     every = torch.cat([vectors for vectors, _ in features.batches(7)])  # each of the 30 twice
