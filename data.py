@@ -40,7 +40,7 @@ import numpy
 import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_convert
@@ -111,20 +111,20 @@ def load_data(
             raise DataError(f"'{name}' is neither a data set nor a folder: name one ({', '.join(PREPROCESSING)})")
         classes, splits = load_folder(folder, common | {"workers": workers})
     if per_class is not None:
-        few = splits["train"].subset(choose_per_class(splits["train"].labels, per_class, seed))
+        few = splits["train"].subset(choose_per_class(splits["train"].labels, classes, per_class, seed))
         # An epoch keeps its size: fewer images are shown more often, and few or many labels take as many steps.
         splits["train"] = replace(few, repeats=max(splits["train"].epoch_size() // len(few), 1))
     return Data(classes, preprocessing, splits["train"], splits["val"], splits.get("test"))
 
 
-def choose_per_class(labels, per_class, seed):
+def choose_per_class(labels, classes, per_class, seed):
     """Indices of `per_class` random images of each class, in their old order: (N,) labels -> (classes × per_class,)."""
     chosen = []
     generator = torch.Generator().manual_seed(seed)
-    for label in range(int(labels.max()) + 1):
+    for label, name in enumerate(classes):
         indices = (labels == label).nonzero().flatten()
         if len(indices) < per_class:
-            raise DataError(f"--per-class {per_class}: a class has only {len(indices)} training images")
+            raise DataError(f"--per-class {per_class}: '{name}' has {len(indices)} images to train on: ask for no more")
         chosen.append(indices[torch.randperm(len(indices), generator=generator)[:per_class]])
     return torch.cat(chosen).sort().values
 
@@ -509,22 +509,10 @@ def fetch_flowers(data_dir):
             raise DataError(f"no flowers ({error}): fetch {FLOWERS_URL} and put it at '{archive}'") from error
     if hashlib.sha256(archive.read_bytes()).hexdigest() != FLOWERS_SHA256:
         raise DataError(f"'{archive}' is damaged (its SHA-256 is not {FLOWERS_SHA256}): delete it to fetch it again")
-    with new_folder(folder) as unpacked:
-        unpack(archive, unpacked.parent)
+    with new_folder(folder) as unpacked, tarfile.open(archive) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # nothing lands elsewhere; None: before Python 3.11.4
+        tar.extractall(unpacked.parent)
     return folder
-
-
-def unpack(archive, folder):
-    """Unpack the files of a .tgz below `folder`. Raises DataError for a member that would land elsewhere."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            target = (folder / member.name).resolve()
-            if not target.is_relative_to(folder.resolve()):
-                raise DataError(f"'{archive}' is not safe: '{member.name}' would leave the folder; fetch it again")
-            if member.isfile():  # a link could lead anywhere, and has no place in a data set
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(target, "wb") as file:
-                    shutil.copyfileobj(tar.extractfile(member), file)
 
 
 @contextmanager
@@ -541,12 +529,8 @@ def new_folder(target):
 # -------------------------------------------------------------------------------------------- folders of photos
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+FOLDER_EPOCH = 320  # images at least: an epoch of a small folder is still some steps, or all would be warm-up and one leap
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder -> split
-
-# Phones store how they were held in the EXIF data, beside the pixels: what undoes each of the eight ways but the upright.
-EXIF_ORIENTATION = 0x0112
-TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-EXIF_TURNS = {code: Image.Transpose[turn] for code, turn in enumerate(TURNS, start=2)}
 warnings.filterwarnings("ignore", module="PIL")  # of large images and odd EXIF data, which are read all the same
 
 
@@ -560,9 +544,8 @@ def open_image(path, channels, size):
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))
             image.load()
-            if "exif" in image.info:
-                with suppress(Exception):  # damaged EXIF data, or none about this, leave the pixels as they are
-                    image = image.transpose(EXIF_TURNS[image.getexif()[EXIF_ORIENTATION]])
+            with suppress(Exception):  # damaged EXIF data leave the pixels as they are
+                image = ImageOps.exif_transpose(image)  # phones store there how they were held
             if image.mode.startswith("I"):  # 16 bits: 65535 is white. PIL would cut at 255 instead of scaling.
                 image = Image.fromarray((numpy.asarray(image) / 257).astype(numpy.uint8))
             if "A" in image.mode or "transparency" in image.info:
@@ -744,6 +727,7 @@ def load_folder(root, common):
         everything = splits["train"]
         train, val = split_folder(root, everything.images, everything.labels)
         splits |= {"train": everything.subset(train), "val": everything.subset(val)}
+    splits["train"].repeats = -(-FOLDER_EPOCH // len(splits["train"]))
     return classes, splits
 
 
@@ -883,7 +867,7 @@ def add_training_options(parser, fewest_epochs=1):
     add_device_option(parser)
     add_image_options(parser)
     add_number(parser, "--epochs", int, fewest_epochs, 100_000, None, "passes over the images; finetune.py: in stage blocks")
-    add_number(parser, "--patience", int, 1, 100_000, None, "epochs without a higher validation accuracy; None: all")
+    add_number(parser, "--patience", int, 0, 100_000, 0, "end after so many epochs without a higher validation accuracy; 0: never")
     add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
     add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
     text = "share of the true class's probability that all classes get; cross-entropy only"

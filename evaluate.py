@@ -144,9 +144,9 @@ def plot_history(history, path):
     epochs = range(1, len(history) + 1)
     changes = [epoch for epoch in epochs if epoch > 1 and history[epoch - 1]["stage"] != history[epoch - 2]["stage"]]
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
-        # Training images are augmented and its loss includes label smoothing: it may well look worse than validation.
+        # Training may well look worse than validation: dropout, augmented images, and a loss with label smoothing.
         training = [row[f"train_{key}"] for row in history]
-        axes.plot(epochs, training, ".-", color="#8c959f", label="training (augmented, smoothed labels)")
+        axes.plot(epochs, training, ".-", color="#8c959f", label="training (made harder)")
         axes.plot(epochs, [row[f"val_{key}"] for row in history], ".-", color="#0969da", label="validation")
         for epoch in changes:
             axes.axvline(epoch - 0.5, color="black", ls="--", lw=1, label=f"stage: {history[epoch - 1]['stage']}")

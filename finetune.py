@@ -95,12 +95,15 @@ def divide(model, count):
 
 
 def views_that_fit(front, split, views, images):
-    """`views`, or 0 where so many maps of so many images would take more memory than KEEP_BYTES."""
+    """How many passes of `images` images can be kept in KEEP_BYTES, `views` at most; a single augmented one is as good as none."""
     size = split.preprocessing["image_size"]
-    needed = front(torch.zeros(1, 3, size, size, device=split.device)).nbytes * views * images
-    if needed > KEEP_BYTES:
-        print(f"{needed / 1e9:.1f} GB would be needed to keep what the frozen layers give: every epoch computes it anew")
-    return views if needed <= KEEP_BYTES else 0
+    with torch.no_grad():
+        needed = front(torch.zeros(1, 3, size, size, device=split.device)).nbytes * images
+    fit = min(views, int(KEEP_BYTES // needed))
+    if fit < views:
+        fit = fit if fit > 1 else 0
+        print(f"views kept: {fit} of {views}, which would take {needed * views / 1e9:.1f} GB; 0: every epoch computes its own")
+    return fit
 
 
 def train_head(run, backbone, head, train, val, args):
@@ -139,7 +142,8 @@ def train_blocks(run, backbone, head, train, val, args):
     """
     groups = block_groups(backbone, head, args)
     rates = f"learning rates from {groups[0]['lr']:.1g} to {groups[-1]['lr']:g}"
-    print(f"stage blocks: the last {args.unfreeze} blocks, the last convolution and the classifier, {rates}", flush=True)
+    blocks = "the whole network" if len(run.model.blocks) <= args.unfreeze else f"the last {args.unfreeze} blocks and what follows"
+    print(f"stage blocks: {blocks}, {rates}", flush=True)
     trained = [backbone, head] if args.train_batch_norm else [head]
     fit(run, "blocks", nn.Sequential(backbone, head), trained, train, val, torch.optim.AdamW(groups), args.epochs)
 

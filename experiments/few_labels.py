@@ -21,16 +21,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 from evaluate import predict, score, write_table  # noqa: E402
-from mobilenetv2 import CheckpointError, load_checkpoint  # noqa: E402
+from mobilenetv2 import CheckpointError, load_checkpoint, read_pretrained  # noqa: E402
 
 COLOURS = {"from scratch": "#8c959f", "frozen head": "#bf8700", "last blocks": "#0969da", "everything": "#8250df"}
-BUDGETS = (10, 50, None)  # labels a class; None: all
+BUDGETS = (10, 50, None)  # labels a class; None: all. What the smallest class does not have is left out.
 
 
 def commands(args):
@@ -54,23 +55,24 @@ def measure(command, args, budget, seed):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(__file__).resolve().parent.parent / script
         begun = time.perf_counter()
-        subprocess.run([sys.executable, path, *options, "--out", folder], check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run([sys.executable, path, *options, "--out", folder], stdout=subprocess.DEVNULL).returncode:
+            raise data.DataError(f"{script} failed, see above")
         seconds = time.perf_counter() - begun
         model, checkpoint = load_checkpoint(Path(folder, "best.pt"))
     dataset = data.load_data(args.data, checkpoint["preprocessing"], data_dir=args.data_dir)
     return score(*predict(model, dataset.test or dataset.val))["top1"], seconds
 
 
-def plot(results, args):
+def plot(results, budgets, args):
     """Accuracy over the number of labels, a line a way, with the deviation over seeds as a bar."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    positions = range(len(BUDGETS))
+    positions = range(len(budgets))
     for (way, colour), shift in zip(COLOURS.items(), (-0.06, -0.02, 0.02, 0.06), strict=True):
-        means, deviations = zip(*[results[way, budget] for budget in BUDGETS], strict=True)
+        means, deviations = zip(*[results[way, budget] for budget in budgets], strict=True)
         places = [position + shift for position in positions]
         axes.errorbar(places, means, deviations, fmt=".-", color=colour, capsize=3, label=way)
-    axes.set_xticks(positions, ["all" if budget is None else str(budget) for budget in BUDGETS])
+    axes.set_xticks(positions, ["all" if budget is None else str(budget) for budget in budgets])
     title = f"{args.data}: mean and deviation over {args.seeds} seeds"
     axes.set(xlabel="labels a class", ylabel="accuracy (%)", title=title)
     axes.grid(alpha=0.3)
@@ -84,25 +86,28 @@ def main():
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"))
     parser.add_argument("--checkpoint", default="runs/train/best.pt")
     parser.add_argument("--image-size", type=int)
-    parser.add_argument("--epochs", type=int, default=5, help="of train.py, and of finetune.py's second stage")
+    data.add_number(parser, "--epochs", int, 1, 100_000, 10, "of train.py, and of finetune.py's second stage")
     parser.add_argument("--width", type=float, default=0.5, help="of the network from scratch")
     parser.add_argument("--output-stride", type=int, default=16, help="of that one, too")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, at least two")
+    data.add_number(parser, "--seeds", int, 2, 1000, 3, "how many")
     parser.add_argument("--out", type=Path, default=Path("runs/few_labels"), help="folder for the table and the picture")
     args = parser.parse_args()
 
+    read_pretrained(args.checkpoint)  # what is missing is told now, not after the first way
+    smallest = torch.bincount(data.load_data(args.data, data_dir=args.data_dir).train.labels).min()
+    budgets = [budget for budget in BUDGETS if budget is None or budget < smallest]
     args.out.mkdir(parents=True, exist_ok=True)
     results, table = {}, [["way", "labels a class", "accuracy", "deviation", "seconds"]]
     print(f"{'':14}{'labels a class':>16}{'accuracy':>18}{'time':>10}")
     for way, command in commands(args).items():
-        for budget in BUDGETS:
+        for budget in budgets:
             accuracies, seconds = zip(*[measure(command, args, budget, seed) for seed in range(args.seeds)], strict=True)
             mean, deviation = 100 * statistics.mean(accuracies), 100 * statistics.stdev(accuracies)
             results[way, budget] = mean, deviation
             table.append([way, budget or "all", f"{mean:.2f}", f"{deviation:.2f}", f"{statistics.mean(seconds):.0f}"])
             print("{:14}{:>16}{:>10} ± {:>4}%{:>8} s".format(*table[-1]), flush=True)
-    write_table(args.out / "few_labels.csv", table)
-    plot(results, args)
+            write_table(args.out / "few_labels.csv", table)
+    plot(results, budgets, args)
     print(f"wrote few_labels.csv and few_labels.png to {args.out}")
 
 

@@ -1,7 +1,8 @@
 """MobileNetV2 beside ResNet18, the network of most courses: the same data, the same two stages of finetune.py.
 
     python experiments/resnet18.py --data mnist                # both learn letters first, then MNIST: nothing but MNIST is downloaded
-    python experiments/resnet18.py --data mnist --imagenet     # both start from torchvision's ImageNet weights
+    python experiments/resnet18.py --data mnist --imagenet     # both start from torchvision's ImageNet weights,
+                                                               V2 for MobileNetV2, V1 for ResNet18, which has no other
 
 ResNet18 is torchvision's (He et al., arXiv:1512.03385, Table 1) behind an adapter with the names of our network's parts: that is
 all that finetune.py asks of a network. Accuracy is that of the best epoch (chosen on validation) on the test split, or
@@ -44,7 +45,11 @@ class ResNet18(nn.Module):
 
     def __init__(self, num_classes, small, weights=None):
         super().__init__()
-        network = models.resnet18(weights=weights)
+        try:
+            network = models.resnet18(weights=weights)
+        except OSError as error:
+            folder = Path(torch.hub.get_dir(), "checkpoints")
+            raise data.DataError(f"no ImageNet weights ({error}): fetch {weights.url} and put it into '{folder}'") from error
         pooling = nn.Identity() if small else network.maxpool
         self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, pooling)
         self.blocks = nn.Sequential(*network.layer1, *network.layer2, *network.layer3, *network.layer4)
@@ -62,7 +67,7 @@ def learn_letters(model, args, folder):
     """Train `model` on the glyphs, as train.py does by default, for --letter-epochs."""
     settings = finetune.command_line().parse_args(["--out", str(folder), "--seed", str(args.seed)])
     dataset = data.load_data("glyphs", batch_size=64, seed=args.seed)
-    groups = train.parameter_groups(model.parameters(), 0.1, 4e-5)
+    groups = train.parameter_groups(model.parameters(), train.RECIPES["small"]["learning_rate"], weight_decay=4e-5)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     run = train.Run(settings, model, dataset)
     train.fit(run, "letters", model, [model], dataset.train, dataset.val, optimizer, args.letter_epochs)

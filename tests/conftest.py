@@ -65,8 +65,8 @@ def call(capsys):
     return call_and_read
 
 
-# The smallest run that is still a run: digits of 16 pixels, each once an epoch, and a narrow network.
-data.DIGITS_REPEATS = 1
+# The smallest run that is still a run: digits of 16 pixels, each image once an epoch, and a narrow network.
+data.DIGITS_REPEATS = data.FOLDER_EPOCH = 1
 SMALL = ("--data", "digits", "--image-size", "16", "--epochs", "2")
 SMALL_NETWORK = ("--width", "0.35", "--output-stride", "32")
 

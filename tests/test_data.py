@@ -84,7 +84,7 @@ def test_per_class_takes_so_many_of_each_and_only_from_training():
     assert len(dataset.val) == 184 and len(dataset.test) == 899
     other = load_data("digits", per_class=10, seed=1)
     assert not torch.equal(dataset.train.images, other.train.images)
-    with pytest.raises(DataError, match="--per-class 100: .* only"):
+    with pytest.raises(DataError, match="--per-class 100: '0' has 7. images to train on"):
         load_data("digits", per_class=100)
 
 
@@ -744,9 +744,8 @@ def test_half_an_archive_is_not_taken_for_a_whole_one(garden):
 def test_no_member_of_an_archive_leaves_the_folder(garden, name, monkeypatch):
     archive, data_dir = garden
     monkeypatch.setattr(data, "FLOWERS_SHA256", make_archive(archive, {"flower_photos/a/1.jpg": b"", name: b"evil"}))
-    with pytest.raises(DataError, match="not safe: '.*evil.*' would leave"):
+    with pytest.raises((tarfile.FilterError, DataError)):  # an absolute name is unpacked below the folder, and is no class
         load_data("flowers", data_dir=data_dir)
-    assert [path.name for path in data_dir.iterdir()] == ["flower_photos.tgz"]
     assert not list(archive.parent.rglob("evil*")) and not os.path.exists("/tmp/evil-flower.txt")
 
 
@@ -761,7 +760,7 @@ def test_a_link_in_an_archive_is_not_followed(garden, monkeypatch, tmp_path):
         member.size = 4
         tar.addfile(member, io.BytesIO(b"evil"))
     monkeypatch.setattr(data, "FLOWERS_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    with pytest.raises(DataError):  # one class, with an image that is none
+    with pytest.raises(tarfile.FilterError):
         load_data("flowers", data_dir=data_dir)
     assert list((tmp_path / "outside").iterdir()) == []
 

@@ -2,12 +2,14 @@
 
 import csv
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 import torchvision
 from conftest import SMALL, call_script
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import evaluate
@@ -128,13 +130,23 @@ def test_maps_that_do_not_fit_into_memory_are_not_kept(start, tmp_path, call, mo
         return real(run, backbone, head, train, val, args)
 
     monkeypatch.setattr(finetune, "train_blocks", remember)
-    command = (*SHORT, "--checkpoint", start, "--views", 2)
-    assert "GB would be needed" not in call(finetune, *command, "--out", tmp_path / "kept")[1]
-    assert list(seen["train"].kept) == ["pool"] and list(seen["val"].kept) == [None]
-    monkeypatch.setattr(finetune, "KEEP_BYTES", 0)
-    code, out, _ = call(finetune, *command, "--out", tmp_path / "fresh")
-    assert code == 0 and out.count("GB would be needed") == 2
-    assert seen["train"].kept == seen["val"].kept == {}
+    command = (*SHORT, "--epochs", 1, "--head-epochs", 1, "--checkpoint", start, "--views", 3)
+    assert "views kept" not in call(finetune, *command, "--out", tmp_path / "3")[1]
+    images, epoch = len(seen["train"]), seen["train"].epoch_size()
+    assert (images, epoch, len(seen["val"])) == (40, 680, 184)
+    for name, count in (("train", images + 2 * epoch), ("val", 184)):  # as they are, and augmented with repeats
+        (maps, labels), *others = seen[name].kept.values()
+        assert not others and len(maps) == len(labels) == count
+    a_pass = maps[0].nbytes * epoch
+    for space, views in ((3 * a_pass - 1, 2), (2 * a_pass - 1, 0)):
+        monkeypatch.setattr(finetune, "KEEP_BYTES", space)
+        code, out, _ = call(finetune, *command, "--out", tmp_path / str(space))
+        assert code == 0 and f"views kept: {views} of 3" in out
+        kept = {name: sum(len(maps) for maps, _ in split.kept.values()) for name, split in seen.items()}
+        assert kept == {"train": images + epoch if views else 0, "val": 184}
+    monkeypatch.setattr(finetune, "KEEP_BYTES", 184 * maps[0].nbytes - 1)
+    code, out, _ = call(finetune, *command, "--out", tmp_path / "nothing")
+    assert code == 0 and "views kept: 0 of 3" in out and "views kept: 0 of 1" in out and seen["val"].kept == {}
 
 
 def test_learning_rates_fall_towards_the_input_and_biases_have_no_decay():
@@ -339,8 +351,11 @@ def make_bad(kind, tmp_path, start):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(b"not an image")
         return ("--checkpoint", start, "--data", folder, "--workers", 0), "no image in"
-    if kind == "epochs":
-        return ("--checkpoint", start, "--epochs", -1), "'-1' is not from 0"
+    numbers = {"--epochs": -1, "--unfreeze": 18, "--views": -1}
+    if kind in numbers:
+        return ("--checkpoint", start, kind, numbers[kind]), f"{kind}: '{numbers[kind]}' is not from 0"
+    if kind == "per class":
+        return ("--checkpoint", start, "--per-class", 5000), "'0' has 7"
     return ("--checkpoint", start, "--data", "letters"), "'letters' is neither a data set"
 
 
@@ -355,7 +370,10 @@ def make_bad(kind, tmp_path, start):
         "empty folder",
         "one class",
         "unreadable image",
-        "epochs",
+        "--epochs",
+        "--unfreeze",
+        "--views",
+        "per class",
         "unknown data set",
     ],
 )
@@ -366,8 +384,32 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(kind, start, tmp_path, call)
     assert len(err.splitlines()) == 1 and err.startswith("finetune.py: ")
 
 
-def test_a_run_that_was_interrupted_in_either_stage_goes_on_to_the_same_end(start, tuned, tmp_path, call, monkeypatch):
-    command = (*SHORT, "--checkpoint", start)
+def assert_equal(first, second):
+    """Of dicts, lists and tensors, to the bit."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict | list):
+        assert len(first) == len(second)
+        for key in first if isinstance(first, dict) else range(len(first)):
+            assert_equal(first[key], second[key])
+    else:
+        assert first == second
+
+
+def test_a_run_on_photos_that_was_interrupted_goes_on_to_the_same_bits(start, tmp_path, call, monkeypatch):
+    """In the first epoch of either stage, so that features and views which the interrupted run had are computed again."""
+    colours = torch.randint(256, (2, 6, 3, 24, 24), dtype=torch.uint8)
+    for name, images in zip(("cat", "dog"), colours, strict=True):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index, image in enumerate(images):
+            to_pil_image(image).save(tmp_path / "photos" / name / f"{index}.png")
+    command = ("--data", tmp_path / "photos", "--checkpoint", start, "--image-size", 16, "--batch-size", 4)
+    command += ("--epochs", 2, "--head-epochs", 2, "--views", 3)
+    assert call(finetune, *command, "--out", tmp_path / "whole")[0] == 0
+    _, whole = load_checkpoint(tmp_path / "whole" / "last.pt")
+    assert call(finetune, *command, "--out", tmp_path / "other", "--seed", 1)[0] == 0
+    assert whole["history"] != load_checkpoint(tmp_path / "other" / "last.pt")[1]["history"]
     end_epoch = train.Run.end_epoch
     for finished in (1, 3):
 
@@ -380,9 +422,19 @@ def test_a_run_that_was_interrupted_in_either_stage_goes_on_to_the_same_end(star
         with monkeypatch.context() as context:
             context.setattr(train.Run, "end_epoch", interrupt)
             assert call(finetune, *command, "--out", folder)[0] == 2
+        code, _, error = call(finetune, *command, "--out", folder, "--resume", "--views", 2)
+        assert code == 2 and "was made with --views 3" in error
         assert call(finetune, *command, "--out", folder, "--resume")[0] == 0
-        for name in ("best.pt", "last.pt"):
-            (model, first), (other, second) = (load_checkpoint(path / name) for path in (folder, tuned))
-            assert first["history"] == second["history"]
-            pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
+        assert_equal(torch.load(folder / "last.pt"), torch.load(tmp_path / "whole" / "last.pt"))
+        assert_equal(torch.load(folder / "best.pt"), torch.load(tmp_path / "whole" / "best.pt"))
+
+
+def test_the_order_of_kept_views_is_that_of_the_seed_and_stage_head_has_its_weight_decay(start, tmp_path, call, monkeypatch):
+    split = data.load_data("digits", per_class=3, batch_size=16, seed=5).train
+    first, second = (next(finetune.freeze(nn.Identity(), replace(split, seed=seed)).batches(0))[1] for seed in (5, 6))
+    assert not first.equal(second)
+    groups = []
+    monkeypatch.setattr(finetune, "fit", lambda run, stage, *rest: groups.extend(rest[-2].param_groups) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(finetune, *SHORT, "--checkpoint", start, "--weight-decay", 0.25, "--out", tmp_path)
+    assert [group["weight_decay"] for group in groups] == [0.25, 0]

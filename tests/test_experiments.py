@@ -1,0 +1,57 @@
+"""The experiments end in their tables and pictures, tried on the smallest data that there are."""
+
+import csv
+import importlib
+import sys
+
+import pytest
+from conftest import ROOT
+
+import finetune
+import train
+
+sys.path.insert(0, str(ROOT / "experiments"))
+few_labels, resnet18 = (importlib.import_module(name) for name in ("few_labels", "resnet18"))
+
+
+def test_few_labels_compares_four_ways_that_the_scripts_accept(trained, tmp_path, call, monkeypatch):
+    scripts, accuracies = [], iter(range(100))
+
+    def measure(command, args, budget, seed):
+        scripts.append((command[0], budget, seed))
+        with monkeypatch.context() as context:
+            context.setattr(sys, "argv", [command[0], *command[1:], "--help"])
+            with pytest.raises(SystemExit) as stop:
+                {"train.py": train, "finetune.py": finetune}[command[0]].main()
+            assert stop.value.code == 0
+        return next(accuracies) / 100, 1.0
+
+    monkeypatch.setattr(few_labels, "measure", measure)
+    options = ("--checkpoint", trained / "best.pt", "--seeds", 2, "--out", tmp_path)
+    code, out, _ = call(few_labels, *options)
+    assert code == 0 and len(scripts) == 4 * 3 * 2
+    assert scripts[:3] == [("train.py", 10, 0), ("train.py", 10, 1), ("train.py", 50, 0)]
+    with open(tmp_path / "few_labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["way"] for row in rows[::3]] == ["from scratch", "frozen head", "last blocks", "everything"]
+    assert rows[1] == {
+        "way": "from scratch", "labels a class": "50", "accuracy": "2.50", "deviation": "0.71", "seconds": "1",
+    }  # fmt: skip
+    assert (tmp_path / "few_labels.png").exists()
+
+
+def test_few_labels_ends_in_one_line_when_a_run_fails_or_nothing_is_there_to_start_from(trained, tmp_path, call):
+    options = ("--seeds", 2, "--out", tmp_path, "--data", "digits", "--width", 100)
+    code, _, error = call(few_labels, *options, "--checkpoint", trained / "best.pt")
+    assert code == 2 and error == "few_labels.py: train.py failed, see above\n"  # what that said goes to the terminal
+    code, _, error = call(few_labels, *options, "--checkpoint", tmp_path / "nothing.pt")
+    assert code == 2 and error.startswith("few_labels.py: no checkpoint at")
+
+
+def test_resnet18_goes_through_the_same_two_stages(call, monkeypatch):
+    monkeypatch.setattr(resnet18, "learn_letters", lambda *_: None)  # 20 seconds
+    options = ("--data", "digits", "--image-size", 8, "--head-epochs", 1, "--epochs", 1)
+    code, out, _ = call(resnet18, *options)
+    header, ours, theirs = (line.split() for line in out.splitlines()[-3:])
+    assert code == 0 and header == ["network", "accuracy", "parameters", "multiply-adds", "time"]
+    assert (ours[0], ours[2], theirs[0], theirs[2]) == ("MobileNetV2", "2,236,682", "ResNet18", "11,181,642")
