@@ -640,17 +640,33 @@ class FolderSplit(Split):
         return torch.stack(images), self.labels[torch.tensor(indices) % len(self)]
 
 
-def list_folder(root, damaged):
-    """Classes and image files of root/<class>/...: (sorted class names, sorted paths (N,), labels (N,)).
+def is_hidden(path, root):
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
-    Hidden files are passed over, and so is what is no image; images that cannot be read are left out and added to the
-    list `damaged`. Raises DataError for a class without images, and for less than two classes.
+
+def find_images(folder, root, damaged):
+    """Sorted paths of the images below `folder` that can be read. The others are added to `damaged`, a line each.
+
+    What is hidden below `root`, and what is no image, is passed over. Raises DataError when there is none.
     """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [path for path in files if not is_hidden(path, root) and (path.is_file() or path.is_symlink())]
+    damages = find_damages(files)
+    new = [f"'{path}' ({damage})" for path, damage in zip(files, damages, strict=True) if damage]
+    damaged += new
+    if len(new) == len(files):
+        mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
+        raise DataError(f"no image in '{folder}' can be read, of {', '.join([str(len(files)), *new[:1]])}: {mend}")
+    return [path for path, damage in zip(files, damages, strict=True) if not damage]
 
-    def is_hidden(path):
-        return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry)]
+def list_folder(root, damaged):
+    """Classes and images of root/<class>/...: (sorted class names, sorted paths (N,), labels (N,)).
+
+    Images that cannot be read are left out and added to the list `damaged`. Raises DataError for a class without images, and
+    for less than two classes.
+    """
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry, root)]
     # Some systems write é, or 한, as several characters: normalised, a class has one name on all of them.
     folders = sorted((unicodedata.normalize("NFC", folder.name), folder) for folder in folders)
     classes = [name for name, _ in folders]
@@ -659,18 +675,24 @@ def list_folder(root, damaged):
         raise DataError(f"{found}: it needs at least two, of different names, with the images of a class each")
     paths, labels = [], []
     for label, (_, folder) in enumerate(folders):
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files = [path for path in files if not is_hidden(path) and (path.is_file() or path.is_symlink())]
-        damages = find_damages(files)
-        new = [f"'{path}' ({damage})" for path, damage in zip(files, damages, strict=True) if damage]
-        whole = [path for path, damage in zip(files, damages, strict=True) if not damage]
-        if not whole:
-            mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
-            raise DataError(f"no image in '{folder}' can be read, of {', '.join([str(len(files)), *new[:1]])}: {mend}")
-        damaged += new
-        paths += whole
-        labels += [label] * len(whole)
+        new = find_images(folder, root, damaged)
+        paths += new
+        labels += [label] * len(new)
     return classes, numpy.array(paths), torch.tensor(labels)
+
+
+def load_pictures(places, **common):
+    """The images in files and folders as a split, the labels being 0. Raises DataError where there is none."""
+    damaged, paths = [], []
+    for place in places:
+        if place.is_dir():
+            paths += find_images(place, place, damaged)
+        else:
+            open_image(place, 3, 1)
+            paths.append(place)
+    report_damaged(damaged)
+    labels = torch.zeros(len(paths), dtype=torch.long)
+    return FolderSplit(images=numpy.array(paths), labels=labels, seed=0, **common)
 
 
 def report_damaged(damaged):
@@ -914,6 +936,9 @@ def run(main, *errors):
         message = "interrupted; what it had written is whole (train.py and finetune.py go on with --resume)"
     except (DataError, *errors) as error:
         message = str(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         message = f"{error}: see that this place can be written or read and has space, or name another"
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
     python evaluate.py                                                      # runs/finetune/best.pt on the digits' test split
     python evaluate.py --checkpoint runs/train/best.pt --data glyphs
+    python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain       # what is on them, and where
 
 Everything follows from two tensors, the logits (N, C) and the labels (N,): `confusion_matrix` counts, `classification_report`
 divides. The test split is used here, once, at the end; whatever was chosen was chosen on validation.
@@ -11,14 +12,18 @@ import csv
 import io
 import json
 import shlex
+from itertools import chain
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch.nn import functional
+from torchvision.models import MobileNet_V2_Weights
 
 import data
-from mobilenetv2 import CheckpointError, load_checkpoint, write_file
+from mobilenetv2 import CheckpointError, load_pretrained, read_pretrained, write_file
 
 # ------------------------------------------------------------------------------------------------- the metrics
 
@@ -68,31 +73,50 @@ def classification_report(confusion):
     Returns {"per_class": [{precision, recall, f1, support}, ...], "macro": {...}, "weighted": {...}}: macro is the plain mean
     over the classes, weighted the mean by their number of images (support).
     """
-    confusion = confusion.double()
-    right, actual, called = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)  # (C,) each
+    confusion = confusion.double().numpy()
+    right, actual, called = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)  # (C,) each
     measures = {
-        "precision": right / called.clamp(min=1),
-        "recall": right / actual.clamp(min=1),
-        "f1": 2 * right / (actual + called).clamp(min=1),
+        "precision": right / called.clip(min=1),
+        "recall": right / actual.clip(min=1),
+        "f1": 2 * right / (actual + called).clip(min=1),
     }
-    share = actual / actual.sum().clamp(min=1)
-    rows = zip(*(values.tolist() for values in measures.values()), actual.long().tolist(), strict=True)
+    rows = zip(*(values.tolist() for values in measures.values()), actual.astype(int).tolist(), strict=True)
+    images = max(actual.sum(), 1)
     return {
         "per_class": [dict(zip((*measures, "support"), row, strict=True)) for row in rows],
-        "macro": {name: values.mean().item() for name, values in measures.items()},
-        "weighted": {name: (values * share).sum().item() for name, values in measures.items()},
+        "macro": {name: float(values.mean()) for name, values in measures.items()},
+        "weighted": {name: float((values * actual).sum() / images) for name, values in measures.items()},
     }
+
+
+def name_some(names, count=10):
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def find_notes(confusion, classes):
+    """What a reader of the report should know: values that are 0 by definition, and what is confused most, as lines."""
+    notes = []
+    for dim, text in ((0, "never predicted, so their precision is 0"), (1, "without images, so their recall is 0")):
+        names = [classes[index] for index in (confusion.sum(dim=dim) == 0).nonzero().flatten()]
+        notes += [f"classes {text}: {name_some(names)}"] if names else []
+    wrong = confusion - confusion.diag().diag()
+    pairs = wrong.flatten().argsort(descending=True, stable=True)[: min(3, (wrong > 0).sum())].tolist()
+    pairs = [(classes[pair // len(classes)], classes[pair % len(classes)], wrong.flatten()[pair]) for pair in pairs]
+    pairs = [f"{true} → {guess} ({count}×)" for true, guess, count in pairs]
+    return notes + ([f"most often confused: {', '.join(pairs)}"] if pairs else [])
 
 
 def format_report(report, scores, classes):
-    """The report as aligned text, a line a class."""
-    width = max(len(name) for name in (*classes, "weighted"))
-    lines = [f"{'':{width}}  precision  recall      f1  support"]
+    """The report as aligned text, a line a class, in scikit-learn's form."""
+    width = max(len(name) for name in (*classes, "weighted avg"))
+    lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
     total = sum(row["support"] for row in report["per_class"])
-    averages = [(name, report[name] | {"support": total}) for name in ("macro", "weighted")]
+    averages = [(f"{name} avg", report[name] | {"support": total}) for name in ("macro", "weighted")]
     for name, row in [*zip(classes, report["per_class"], strict=True), *averages]:
+        if name == "macro avg":
+            lines += ["", f"{'accuracy':>{width}}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
         precision, recall, f1, support = row.values()
-        lines.append(f"{name:>{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
+        lines.append(f"{name:>{width}}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
     lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
     return "\n".join(lines)
 
@@ -100,42 +124,87 @@ def format_report(report, scores, classes):
 # ------------------------------------------------------------------------------------------------ the pictures
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+UNKNOWN = -1  # the label of an image that has none
+EXPLANATION = "where the network saw the class that it predicts (bright), and what it did not use (dark)"
 
 
 def plot_confusion(confusion, classes, path):
-    """The matrix, each row divided by its sum, with the counts written into the cells where they fit."""
-    side = min(max(5.5, 0.45 * len(classes)), 16)
+    """The matrix, each row divided by its sum; in the cells, where they fit, the counts, and these shares below them."""
+    side = min(max(5.5, 0.45 * len(classes)), 16)  # inches
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, label="share of the true class", shrink=0.8)
+    # The square root lets single mistakes be seen; among 1,000 classes a cell is a pixel or two.
+    picture = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    figure.colorbar(picture, label="share of the true class", shrink=0.8, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
     title = f"{int(confusion.diagonal().sum())} of {int(confusion.sum())} right"
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    if len(classes) <= 50:
+    cell = 0.8 * 72 * side / len(classes)  # points
+    if cell >= 8:
         names = [data.shorten(name) for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, names)) > 2 else 0)
-        axes.set_yticks(range(len(classes)), names)
-        for row, column in confusion.nonzero().tolist():
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", color=colour, fontsize=8)
+        size = min(10, cell)
+        axes.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        axes.set_yticks(range(len(classes)), names, fontsize=size)
+    size = min(10, cell / (0.65 * max(len(str(int(confusion.max()))), 2)))  # a digit is as wide as 0.65 of its height
+    for row, column in confusion.nonzero().tolist() if size >= 5 else ():
+        share = shares[row, column].item()
+        text = f"{confusion[row, column]}\n{share:.0%}" if cell >= 2.5 * size and cell >= 24 else f"{confusion[row, column]}"
+        colour = "white" if share > 0.3 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size, linespacing=1)
     figure.savefig(path, dpi=120)
 
 
-def plot_samples(split, logits, classes, path, count=32):
-    """A grid of random images, the same ones every time: true class, in red what it was taken for, and the confidence."""
-    indices = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count].sort().values
+def plot_predictions(path, split, logits, classes, title, indices, model=None):
+    """A grid of images: predicted class and confidence, in green if right; in red the true class, too; black: unlabelled.
+
+    model: beside each image, where this network looked. Returns the file's name in a list, which is empty without images.
+    """
+    if len(indices) == 0:
+        path.unlink(missing_ok=True)  # that of an earlier run would tell of other images
+        return []
     images = torch.cat([batch for batch, _ in split.subset(indices).batches()])
-    confidences, predictions = logits[indices].softmax(dim=1).max(dim=1)
+    pictures = data.to_pictures(images, split.preprocessing)
+    confidences, guesses = logits[indices].softmax(dim=1).max(dim=1)
     names, colours = [], []
-    for label, guess, confidence in zip(split.labels[indices], predictions, confidences, strict=True):
-        name = data.shorten(classes[label])
-        if label != guess:
+    for label, guess, confidence in zip(split.labels[indices].tolist(), guesses.tolist(), confidences, strict=True):
+        name = data.shorten(classes[guess])
+        if label not in (guess, UNKNOWN):
             name = f"{data.shorten(classes[label], 9)} → {data.shorten(classes[guess], 9)}"
         names.append(f"{name}\n{confidence:.0%}")
-        colours.append(RIGHT if label == guess else WRONG)
-    title = "green: right · red: true → predicted · confidence"
-    data.plot_grid(path, title, data.to_pictures(images, split.preprocessing), names, colours)
+        colours.append("black" if label == UNKNOWN else RIGHT if label == guess else WRONG)
+    if model is not None:
+        heat = colour_activations(find_activations(model, images, guesses), pictures, model.arch["output_stride"])
+        pictures = [picture for pair in zip(pictures, heat, strict=True) for picture in pair]
+        names = [text for name in names for text in (name, "looked here\n")]
+        colours = [colour for colour in colours for _ in range(2)]
+    data.plot_grid(path, title, pictures, names, colours)
+    return [path.name]
+
+
+def find_activations(model, images, chosen):
+    """Where the network saw the classes `chosen`: class activation maps, (N, 3, S, S), (N,) -> (N, h, w), in logits.
+
+    The head gives maps (N, 1280, h, w). Their mean over the positions, times the classifier's weights, is the logit (less its bias);
+    the product and the mean may change places, and before the mean each position has a number of its own: what it adds
+    to the logit. That is what global pooling, in place of layers that are connected to every position, gives for
+    nothing. Zhou et al., arXiv:1512.04150, equations 1 and 2.
+    """
+    with torch.inference_mode():
+        maps = model.head(model.blocks(model.stem(images)))
+        return torch.einsum("nchw,nc->nhw", maps, model.classifier.weight[chosen.to(images.device)]).cpu()
+
+
+def colour_activations(maps, pictures, stride):
+    """Activation maps (N, h, w), what speaks against the class left out, as heat over numpy pictures (N, S, S, 3).
+
+    A convolution of stride 2 centres its output i on its input 2 · i, so that cell i of the map belongs around pixel i · stride,
+    and not in the middle of an h-th of the picture, half a stride to the right of it.
+    """
+    maps = maps.clamp(min=0) / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    reach = 1 + stride * (maps.shape[-1] - 1)
+    maps = functional.interpolate(maps[:, None], size=(reach, reach), mode="bilinear", align_corners=True)
+    maps = functional.pad(maps, [0, pictures.shape[1] - reach] * 2, mode="replicate")[:, 0]
+    return 0.5 * pictures + 0.5 * colormaps["inferno"](maps.numpy())[..., :3]
 
 
 def plot_history(history, path):
@@ -168,61 +237,118 @@ def write_table(path, rows):
 
 
 def write_predictions(path, split, logits, classes):
-    """predictions.csv: a line an image, in the order of the split."""
-    confidences, predictions = logits.softmax(dim=1).max(dim=1)
-    table = [["image", "true", "predicted", "confidence"]]
-    rows = zip(range(len(split)), split.labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
-    for index, label, guess, confidence in rows:
-        table.append([split.name(index), classes[label], classes[guess], f"{confidence:.6f}"])
+    """A line an image, in the order of the split: its name, its class where that is known, the three likeliest ones."""
+    confidences, guesses = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
+    header = ["image", "true", "predicted", "confidence", "second", "confidence_2", "third", "confidence_3"]
+    table = [header[: 2 + 2 * guesses.shape[1]]]
+    for index, (label, *row) in enumerate(zip(split.labels.tolist(), guesses.tolist(), confidences.tolist(), strict=True)):
+        pairs = [(classes[guess], f"{confidence:.6f}") for guess, confidence in zip(*row, strict=True)]
+        table.append([split.name(index), "" if label == UNKNOWN else classes[label], *chain.from_iterable(pairs)])
     write_table(path, table)
+
+
+def name_classes(checkpoint):
+    """The names that a checkpoint has for its classes; a file in torchvision's names has none: ImageNet's, or numbers."""
+    count, names = checkpoint["arch"]["num_classes"], checkpoint["classes"]
+    if count == 1000 and not names:
+        names = MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"]  # two of which it has twice
+        names = [f"{name} ({index})" if names.count(name) > 1 else name for index, name in enumerate(names)]
+    return names or [f"class {index}" for index in range(count)]
 
 
 def load_for_evaluation(args, device):
     """The network of --checkpoint and the images of --data, as it was trained to see them.
 
     Returns (model, checkpoint, split, "test" or "val"): the test split, or where there is none the validation split.
-    Raises CheckpointError or DataError, also when network and data do not have the same classes.
+    Raises CheckpointError or DataError, also when network and data do not have the same classes. A file in torchvision's names
+    says only how many; their order is then that of the data's, as it is for the 1,000 folders of ImageNet.
     """
-    model, checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = read_pretrained(args.checkpoint)
     dataset = data.load_for(args, checkpoint["preprocessing"], device)
-    known, there = checkpoint["classes"], dataset.classes
+    there, count = dataset.classes, checkpoint["arch"]["num_classes"]
+    if not checkpoint["classes"] and count == len(there):
+        checkpoint["classes"] = there
+    known = name_classes(checkpoint)
     if known != there:
         knows, has = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, there))
         mend = "name the data it was trained on with --data"
         raise data.DataError(f"'{args.checkpoint}' knows {knows}, '{args.data}' has {has}: {mend}")
-    model.to(device, memory_format=data.memory_format(device))
+    model = load_pretrained(checkpoint).to(device, memory_format=data.memory_format(device))
     return (model, checkpoint, dataset.test, "test") if dataset.test else (model, checkpoint, dataset.val, "val")
 
 
-def main():
-    parser = data.command_line("Evaluate a checkpoint on the test split.", "digits", "runs/evaluate", batch_size=256)
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/finetune/best.pt"), help="network to evaluate")
-    data.add_device_option(parser)
-    args = parser.parse_args()
-    model, checkpoint, split, split_name = load_for_evaluation(args, data.choose_device(args.device))
+def evaluate(args, device):
+    """Score a checkpoint on images whose classes are known. Returns the names of the files that it wrote."""
+    model, checkpoint, split, split_name = load_for_evaluation(args, device)
     classes = checkpoint["classes"]
     if split_name == "val":
         print(f"note: {args.data} has no test split; this is its validation split, on which the checkpoint was chosen")
-
     logits, labels = predict(model, split)
     scores = score(logits, labels)
     confusion = confusion_matrix(labels, logits.argmax(dim=1), len(classes))
-    report = classification_report(confusion)
-    text = f"{args.checkpoint} on {len(split)} images of {args.data} ({split_name})\n\n"
-    text += format_report(report, scores, classes)
-    print(text)
+    report, notes = classification_report(confusion), find_notes(confusion, classes)
+    title = f"{args.checkpoint} on {len(split)} images of {args.data} ({split_name})"
+    text = "\n".join([title, "", format_report(report, scores, classes), *notes])
 
-    metrics = {"checkpoint": str(args.checkpoint), "data": args.data, "split": split_name, "images": len(split)}
-    metrics |= scores | {name: report[name] for name in ("macro", "weighted")}
+    metrics = {"checkpoint": args.checkpoint, "data": args.data, "split": split_name, "images": len(split)}
+    metrics |= scores | {name: report[name] for name in ("macro", "weighted")} | {"notes": notes}
     metrics["per_class"] = dict(zip(classes, report["per_class"], strict=True))
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
     write_file(args.out / "report.txt", (text + "\n").encode())
     write_predictions(args.out / "predictions.csv", split, logits, classes)
     data.find_fonts(classes)
     plot_confusion(confusion, classes, args.out / "confusion.png")
-    plot_samples(split, logits, classes, args.out / "samples.png")
-    print(f"\nwrote metrics.json, report.txt, predictions.csv, confusion.png and samples.png to {args.out}")
-    print(f"next: python export.py --checkpoint {shlex.quote(str(args.checkpoint))} {data.data_options(args)}")
+    written = ["metrics.json", "report.txt", "predictions.csv", "confusion.png"]
+    if checkpoint["history"]:
+        plot_history(checkpoint["history"], args.out / "curves.png")
+        written.append("curves.png")
+    some = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:32].sort().values  # always the same
+    confidences, guesses = logits.softmax(dim=1).max(dim=1)
+    mistakes = torch.where(guesses == labels, -1, confidences).argsort(descending=True)[: (guesses != labels).sum()]
+    looked = torch.cat([mistakes[:8], some[::4]])[: 16 * args.explain]
+    for name, *about in (
+        ("samples.png", "green: right · red: true → predicted · confidence", some),
+        ("mistakes.png", "the most confident mistakes: true → predicted", mistakes[:32]),
+        ("explanation.png", EXPLANATION, looked, model),
+    ):
+        written += plot_predictions(args.out / name, split, logits, classes, *about)
+    print(text)
+    return written
+
+
+def classify(args, device):
+    """Say what is on pictures without labels. Returns the names of the files that it wrote."""
+    checkpoint = read_pretrained(args.checkpoint)
+    model, classes = load_pretrained(checkpoint).to(device, memory_format=data.memory_format(device)), name_classes(checkpoint)
+    common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
+    split = data.load_pictures(args.images, preprocessing=checkpoint["preprocessing"], **common)
+    split.labels.fill_(UNKNOWN)
+    logits, _ = predict(model, split)
+    write_predictions(args.out / "images.csv", split, logits, classes)
+    data.find_fonts(classes)
+    some = torch.arange(min(len(split), 32))
+    written = ["images.csv", *plot_predictions(args.out / "images.png", split, logits, classes, "class · confidence", some)]
+    looked = some[: 16 * args.explain]
+    written += plot_predictions(args.out / "explanation.png", split, logits, classes, EXPLANATION, looked, model)
+    confidences, guesses = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
+    for index, row in enumerate(zip(guesses.tolist(), confidences.tolist(), strict=True)):
+        named = [f"{classes[guess]} {confidence:.1%}" for guess, confidence in zip(*row, strict=True)]
+        print(f"{split.name(index)}: {', '.join(named)}")
+    return written
+
+
+def main():
+    parser = data.command_line("Evaluate a checkpoint on the test split.", "digits", "runs/evaluate", batch_size=256)
+    parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help="or a torchvision .pth, or imagenet")
+    parser.add_argument("--images", nargs="+", type=Path, help="pictures and folders of them, to classify without labels")
+    parser.add_argument("--explain", action="store_true", help="draw where the network looked, too")
+    data.add_device_option(parser)
+    args = parser.parse_args()
+    device = data.choose_device(args.device)
+    written = classify(args, device) if args.images else evaluate(args, device)
+    print(f"\nwrote {', '.join(written)} to {args.out}")
+    if not args.images:
+        print(f"next: python export.py --checkpoint {shlex.quote(args.checkpoint)} {data.data_options(args)}")
 
 
 if __name__ == "__main__":
