@@ -50,14 +50,15 @@ from torchvision.transforms import v2
 # What a network is trained with when it does not start from another one that says so itself (its checkpoint). Mean and
 # deviation are of pixels in 0..1: of augmented glyphs, and taken for digits, too; of all training images of MNIST,
 # Fashion-MNIST and CIFAR-10 at their own size; of ImageNet, for all photos. (`python data.py` measures those of resized images.)
-SMALL = {"image_size": 32, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
+# crop: the share of an image's shorter side that is shown; of photos the middle 224 of 256, as is customary for ImageNet.
+SMALL = {"image_size": 32, "crop": 1.0, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
 PREPROCESSING = {
     "glyphs": SMALL,
     "digits": SMALL,
     "mnist": SMALL | {"mean": [0.1307] * 3, "std": [0.3081] * 3},
     "fashion-mnist": SMALL | {"mean": [0.2860] * 3, "std": [0.3530] * 3},
     "cifar10": SMALL | {"channels": 3, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]},
-    "flowers": {"image_size": 224, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    "flowers": {"image_size": 224, "crop": 0.875, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
 }
 
 
@@ -579,14 +580,11 @@ def find_damages(paths):
     return damages
 
 
-def photo_transform(size, training):
-    """PIL image -> uint8 (C, size, size). Training sees it tilted, cropped, mirrored and lit at random; all else the centre.
-
-    The centre is 224/256 of the shorter side, as is customary for ImageNet.
-    """
+def photo_transform(size, training, crop=0.875):
+    """PIL image -> uint8 (C, size, size). Training sees it tilted, cropped, mirrored and lit at random; all else the centre."""
 
     def centre(image):
-        side = round(min(image.size) * 224 / 256)
+        side = round(min(image.size) * crop)
         return v2.functional.resize(v2.functional.center_crop(image, side), [size, size])
 
     if not training:
@@ -628,7 +626,8 @@ class FolderSplit(Split):
         """What a worker process does for a batch: (epoch or None, indices) -> uint8 (N, C, S, S), (N,)."""
         epoch, indices = work
         size, channels = (self.preprocessing[key] for key in ("image_size", "channels"))
-        transform, images = photo_transform(size, training=epoch is not None), []
+        crop = self.preprocessing.get("crop", 0.875)  # weights in torchvision's names do not say
+        transform, images = photo_transform(size, epoch is not None, crop), []
         try:
             with torch.random.fork_rng(devices=[]):
                 for index in indices:
@@ -656,7 +655,7 @@ def find_images(folder, root, damaged):
     damaged += new
     if len(new) == len(files):
         mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
-        raise DataError(f"no image in '{folder}' can be read, of {', '.join([str(len(files)), *new[:1]])}: {mend}")
+        raise DataError(f"no image in '{folder}' that can be read ({', '.join([f'{len(files)} found', *new[:1]])}): {mend}")
     return [path for path, damage in zip(files, damages, strict=True) if not damage]
 
 
@@ -685,10 +684,12 @@ def load_pictures(places, **common):
     """The images in files and folders as a split, the labels being 0. Raises DataError where there is none."""
     damaged, paths = [], []
     for place in places:
+        if not place.exists():
+            raise DataError(f"there is no '{place}': name an image, or a folder of some")
         if place.is_dir():
             paths += find_images(place, place, damaged)
         else:
-            open_image(place, 3, 1)
+            open_image(place, channels=3, size=1)
             paths.append(place)
     report_damaged(damaged)
     labels = torch.zeros(len(paths), dtype=torch.long)
@@ -792,13 +793,14 @@ def to_pictures(images, preprocessing):
     return (images.cpu() * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def shorten(name, length=20):
+def shorten(name, length=16):
     """A class name that fits beside a picture."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def plot_grid(path, title, pictures, names, colours=None, columns=8):
     """Draw numpy (N, S, S, 3) as a grid, each picture with its name above it."""
+    columns = min(columns, max(len(pictures), 4))  # fewer would leave no room for the title
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.4), layout="constrained")
     figure.suptitle(title)

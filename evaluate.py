@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import shlex
+import unicodedata
 from itertools import chain
 from pathlib import Path
 
@@ -89,34 +90,39 @@ def classification_report(confusion):
     }
 
 
-def name_some(names, count=10):
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
 def find_notes(confusion, classes):
-    """What a reader of the report should know: values that are 0 by definition, and what is confused most, as lines."""
+    """What a reader of the report should know, as lines: values that are 0 by definition, and what is confused most."""
     notes = []
     for dim, text in ((0, "never predicted, so their precision is 0"), (1, "without images, so their recall is 0")):
         names = [classes[index] for index in (confusion.sum(dim=dim) == 0).nonzero().flatten()]
-        notes += [f"classes {text}: {name_some(names)}"] if names else []
-    wrong = confusion - confusion.diag().diag()
-    pairs = wrong.flatten().argsort(descending=True, stable=True)[: min(3, (wrong > 0).sum())].tolist()
-    pairs = [(classes[pair // len(classes)], classes[pair % len(classes)], wrong.flatten()[pair]) for pair in pairs]
-    pairs = [f"{true} → {guess} ({count}×)" for true, guess, count in pairs]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        notes += [f"classes {text}: {', '.join(names[:10])}{more}"] if names else []
+    wrong = (confusion - confusion.diag().diag()).flatten()
+    most = [divmod(cell, len(classes)) for cell in wrong.argsort(descending=True, stable=True)[:3].tolist() if wrong[cell]]
+    pairs = [f"{classes[true]} → {classes[guess]} ({confusion[true, guess]}×)" for true, guess in most]
     return notes + ([f"most often confused: {', '.join(pairs)}"] if pairs else [])
+
+
+def pad(name, width):
+    """Right-aligned in a terminal, where a Chinese character is as wide as two Latin ones."""
+    return " " * (width - measure_text(name)) + name
+
+
+def measure_text(name):
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in name)
 
 
 def format_report(report, scores, classes):
     """The report as aligned text, a line a class, in scikit-learn's form."""
-    width = max(len(name) for name in (*classes, "weighted avg"))
+    width = max(map(measure_text, (*classes, "weighted avg")))
     lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
     total = sum(row["support"] for row in report["per_class"])
     averages = [(f"{name} avg", report[name] | {"support": total}) for name in ("macro", "weighted")]
     for name, row in [*zip(classes, report["per_class"], strict=True), *averages]:
         if name == "macro avg":
-            lines += ["", f"{'accuracy':>{width}}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
+            lines += ["", f"{pad('accuracy', width)}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
         precision, recall, f1, support = row.values()
-        lines.append(f"{name:>{width}}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
+        lines.append(f"{pad(name, width)}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
     lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
     return "\n".join(lines)
 
@@ -125,7 +131,7 @@ def format_report(report, scores, classes):
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 UNKNOWN = -1  # the label of an image that has none
-EXPLANATION = "where the network saw the class that it predicts (bright), and what it did not use (dark)"
+EXPLANATION = "bright: where the network saw the class that it predicts"
 
 
 def plot_confusion(confusion, classes, path):
@@ -141,9 +147,9 @@ def plot_confusion(confusion, classes, path):
     axes.set(xlabel="predicted", ylabel="true", title=title)
     cell = 0.8 * 72 * side / len(classes)  # points
     if cell >= 8:
-        names = [data.shorten(name) for name in classes]
-        size = min(10, cell)
-        axes.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        names, size = [data.shorten(name) for name in classes], min(10, cell)
+        rotation = 90 if 0.6 * size * max(map(measure_text, names)) > cell else 0
+        axes.set_xticks(range(len(classes)), names, rotation=rotation, fontsize=size)
         axes.set_yticks(range(len(classes)), names, fontsize=size)
     size = min(10, cell / (0.65 * max(len(str(int(confusion.max()))), 2)))  # a digit is as wide as 0.65 of its height
     for row, column in confusion.nonzero().tolist() if size >= 5 else ():
@@ -155,9 +161,10 @@ def plot_confusion(confusion, classes, path):
 
 
 def plot_predictions(path, split, logits, classes, title, indices, model=None):
-    """A grid of images: predicted class and confidence, in green if right; in red the true class, too; black: unlabelled.
+    """A grid of images of `split`: predicted class and confidence, in green if right; in red the true class, too.
 
-    model: beside each image, where this network looked. Returns the file's name in a list, which is empty without images.
+    Those of the label UNKNOWN have their file's name instead, in black. model: beside each image, where this network looked.
+    Returns the picture's name in a list, which is empty without images.
     """
     if len(indices) == 0:
         path.unlink(missing_ok=True)  # that of an earlier run would tell of other images
@@ -166,16 +173,15 @@ def plot_predictions(path, split, logits, classes, title, indices, model=None):
     pictures = data.to_pictures(images, split.preprocessing)
     confidences, guesses = logits[indices].softmax(dim=1).max(dim=1)
     names, colours = [], []
-    for label, guess, confidence in zip(split.labels[indices].tolist(), guesses.tolist(), confidences, strict=True):
-        name = data.shorten(classes[guess])
-        if label not in (guess, UNKNOWN):
-            name = f"{data.shorten(classes[label], 9)} → {data.shorten(classes[guess], 9)}"
-        names.append(f"{name}\n{confidence:.0%}")
+    for index, guess, confidence in zip(indices.tolist(), guesses.tolist(), confidences, strict=True):
+        label = split.labels[index].item()
+        before = Path(split.name(index)).name if label == UNKNOWN else classes[label] + " →" if label != guess else ""
+        names.append(f"{data.shorten(before)}\n{data.shorten(classes[guess], 11)} {confidence:.0%}")
         colours.append("black" if label == UNKNOWN else RIGHT if label == guess else WRONG)
     if model is not None:
         heat = colour_activations(find_activations(model, images, guesses), pictures, model.arch["output_stride"])
         pictures = [picture for pair in zip(pictures, heat, strict=True) for picture in pair]
-        names = [text for name in names for text in (name, "looked here\n")]
+        names = [text for name in names for text in (name, "")]
         colours = [colour for colour in colours for _ in range(2)]
     data.plot_grid(path, title, pictures, names, colours)
     return [path.name]
@@ -184,10 +190,12 @@ def plot_predictions(path, split, logits, classes, title, indices, model=None):
 def find_activations(model, images, chosen):
     """Where the network saw the classes `chosen`: class activation maps, (N, 3, S, S), (N,) -> (N, h, w), in logits.
 
-    The head gives maps (N, 1280, h, w). Their mean over the positions, times the classifier's weights, is the logit (less its bias);
-    the product and the mean may change places, and before the mean each position has a number of its own: what it adds
-    to the logit. That is what global pooling, in place of layers that are connected to every position, gives for
-    nothing. Zhou et al., arXiv:1512.04150, equations 1 and 2.
+    With the head's maps m (N, 1280, h, w), the classifier's weights w and bias b, the logit of class c is
+
+        w_c · mean(m) + b_c  =  mean(w_c · m) + b_c        (means over the h × w places)
+
+    so that w_c · m says of each place how much it adds to the logit. That is what global pooling gives for nothing, and a layer
+    connected to every place would not. Zhou et al., arXiv:1512.04150, equations 1 and 2.
     """
     with torch.inference_mode():
         maps = model.head(model.blocks(model.stem(images)))
@@ -204,12 +212,14 @@ def colour_activations(maps, pictures, stride):
     reach = 1 + stride * (maps.shape[-1] - 1)
     maps = functional.interpolate(maps[:, None], size=(reach, reach), mode="bilinear", align_corners=True)
     maps = functional.pad(maps, [0, pictures.shape[1] - reach] * 2, mode="replicate")[:, 0]
-    return 0.5 * pictures + 0.5 * colormaps["inferno"](maps.numpy())[..., :3]
+    grey = pictures.mean(axis=3, keepdims=True)  # colours would mix with those of the heat
+    return 0.4 * grey + 0.6 * colormaps["inferno"](maps.numpy())[..., :3]
 
 
-def plot_history(history, path):
+def plot_history(history, path, title=""):
     """Loss and accuracy of a run, epoch by epoch; a dashed line where another stage begins."""
     figure = Figure(figsize=(11, 4), layout="constrained")
+    figure.suptitle(title)
     epochs = range(1, len(history) + 1)
     changes = [epoch for epoch in epochs if epoch > 1 and history[epoch - 1]["stage"] != history[epoch - 2]["stage"]]
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
@@ -259,7 +269,7 @@ def name_classes(checkpoint):
 def load_for_evaluation(args, device):
     """The network of --checkpoint and the images of --data, as it was trained to see them.
 
-    Returns (model, checkpoint, split, "test" or "val"): the test split, or where there is none the validation split.
+    Returns (model, checkpoint, dataset, split, "test" or "val"): the test split, or where there is none the validation split.
     Raises CheckpointError or DataError, also when network and data do not have the same classes. A file in torchvision's names
     says only how many; their order is then that of the data's, as it is for the 1,000 folders of ImageNet.
     """
@@ -270,16 +280,18 @@ def load_for_evaluation(args, device):
         checkpoint["classes"] = there
     known = name_classes(checkpoint)
     if known != there:
-        knows, has = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, there))
+        knows, has = ([name for name in names if name not in others] for names, others in ((known, there), (there, known)))
+        knows, has = (f"{', '.join(names[:3]) or 'the same'}{', ...' * (len(names) > 3)}" for names in (knows, has))
         mend = "name the data it was trained on with --data"
-        raise data.DataError(f"'{args.checkpoint}' knows {knows}, '{args.data}' has {has}: {mend}")
+        counts = f"'{args.checkpoint}' knows {count} classes, '{args.data}' has {len(there)}"
+        raise data.DataError(f"{counts}; only in the first: {knows}; only in the second: {has}: {mend}")
     model = load_pretrained(checkpoint).to(device, memory_format=data.memory_format(device))
-    return (model, checkpoint, dataset.test, "test") if dataset.test else (model, checkpoint, dataset.val, "val")
+    return model, checkpoint, dataset, *((dataset.test, "test") if dataset.test else (dataset.val, "val"))
 
 
 def evaluate(args, device):
     """Score a checkpoint on images whose classes are known. Returns the names of the files that it wrote."""
-    model, checkpoint, split, split_name = load_for_evaluation(args, device)
+    model, checkpoint, _, split, split_name = load_for_evaluation(args, device)
     classes = checkpoint["classes"]
     if split_name == "val":
         print(f"note: {args.data} has no test split; this is its validation split, on which the checkpoint was chosen")
@@ -300,16 +312,17 @@ def evaluate(args, device):
     plot_confusion(confusion, classes, args.out / "confusion.png")
     written = ["metrics.json", "report.txt", "predictions.csv", "confusion.png"]
     if checkpoint["history"]:
-        plot_history(checkpoint["history"], args.out / "curves.png")
+        plot_history(checkpoint["history"], args.out / "curves.png", "the run up to the epoch whose weights these are")
         written.append("curves.png")
-    some = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:32].sort().values  # always the same
+    some = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:32]  # the same ones every time
     confidences, guesses = logits.softmax(dim=1).max(dim=1)
     mistakes = torch.where(guesses == labels, -1, confidences).argsort(descending=True)[: (guesses != labels).sum()]
-    looked = torch.cat([mistakes[:8], some[::4]])[: 16 * args.explain]
+    right = [index for index in some.tolist() if guesses[index] == labels[index]]
+    looked = torch.cat([mistakes[:8], torch.tensor(right[:8], dtype=torch.long)]) if args.explain else some[:0]
     for name, *about in (
-        ("samples.png", "green: right · red: true → predicted · confidence", some),
+        ("samples.png", "green: right · red: true → predicted · confidence", some.sort().values),
         ("mistakes.png", "the most confident mistakes: true → predicted", mistakes[:32]),
-        ("explanation.png", EXPLANATION, looked, model),
+        ("explanation.png", f"{EXPLANATION}; the most confident mistakes, and some that are right", looked, model),
     ):
         written += plot_predictions(args.out / name, split, logits, classes, *about)
     print(text)
@@ -326,10 +339,11 @@ def classify(args, device):
     logits, _ = predict(model, split)
     write_predictions(args.out / "images.csv", split, logits, classes)
     data.find_fonts(classes)
-    some = torch.arange(min(len(split), 32))
-    written = ["images.csv", *plot_predictions(args.out / "images.png", split, logits, classes, "class · confidence", some)]
-    looked = some[: 16 * args.explain]
-    written += plot_predictions(args.out / "explanation.png", split, logits, classes, EXPLANATION, looked, model)
+    first = torch.arange(len(split))[:32]
+    title = f"predicted class · confidence{' · the first 32' * (len(split) > 32)}"
+    written = ["images.csv", *plot_predictions(args.out / "images.png", split, logits, classes, title, first)]
+    looked = first[:16] if args.explain else first[:0]
+    written += plot_predictions(args.out / "images-explanation.png", split, logits, classes, EXPLANATION, looked, model)
     confidences, guesses = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
     for index, row in enumerate(zip(guesses.tolist(), confidences.tolist(), strict=True)):
         named = [f"{classes[guess]} {confidence:.1%}" for guess, confidence in zip(*row, strict=True)]
@@ -338,8 +352,9 @@ def classify(args, device):
 
 
 def main():
-    parser = data.command_line("Evaluate a checkpoint on the test split.", "digits", "runs/evaluate", batch_size=256)
-    parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help="or a torchvision .pth, or imagenet")
+    text = "Evaluate a checkpoint on the test split, or classify --images."
+    parser = data.command_line(text, "digits", "runs/evaluate", batch_size=256)
+    parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help="a torchvision .pth, or imagenet, will do, too")
     parser.add_argument("--images", nargs="+", type=Path, help="pictures and folders of them, to classify without labels")
     parser.add_argument("--explain", action="store_true", help="draw where the network looked, too")
     data.add_device_option(parser)

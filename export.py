@@ -1,102 +1,293 @@
 """Turn a checkpoint into files that run without this project, and check each one against the network.
 
     python export.py                                    # runs/finetune/best.pt -> runs/export/
-    python export.py --checkpoint runs/train/best.pt --data glyphs
+    python export.py --checkpoint runs/train/best.pt --data glyphs --with-preprocessing
 
-    model.torchscript.pt   TorchScript, what most courses use; PyTorch has deprecated it in favour of torch.export
-    model.pt2              torch.export: the graph as data, the way PyTorch goes on
+    torchscript   model.torchscript.pt   what most courses use; PyTorch has deprecated it in favour of torch.export
+    pt2           model.pt2              torch.export: the graph as data, the way PyTorch goes on
+    onnx          model.onnx             for ONNX Runtime and many others, and the fastest of these on a CPU
+    int8          model.int8.onnx        the same with weights and activations of 8 bits, a quarter of the size
 
-Both take float images (N, 3, S, S), normalised as report.json says, for any N, and give logits (N, classes).
+The last two need the packages in requirements-onnx.txt. All take float images (N, 3, S, S), normalised as report.json says, for any
+N, and give logits (N, classes); with --with-preprocessing they take uint8 images (N, channels, S, S) and give probabilities.
+Class names and preprocessing travel in each file, and in labels.txt. Every file is read back in a fresh process and must
+say of all test images what the network says.
 """
 
-import io
+import copy
+import importlib.util
 import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import data
 from evaluate import load_for_evaluation
 from mobilenetv2 import CheckpointError, write_file
 
-TOLERANCE = 1e-4  # of a logit
-BATCH_SIZES = (1, 3, 16)  # each file is tried with all of them: a batch size must not have become a constant
+TOLERANCE = 1e-4  # of an output of a float format
+LOST = 0.005  # share of the images that int8 may get wrong and the network does not; a single one is forgiven
+CALIBRATION = 256  # training images that show int8 how large activations become
 warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation is told above
 
 
-def export_torchscript(model, images, file):
-    """Trace the network: record what it does with `images`. Right for a network without branches on its input."""
-    torch.jit.save(torch.jit.trace(model, images), file)
+def fold_batch_norm(model):
+    """A copy of the network whose BatchNorm layers are part of the convolutions in front of them.
+
+    In eval mode BatchNorm multiplies a channel by a constant and adds another:
+
+        y = γ · (W ∗ x - μ) / √(σ² + ε) + β  =  (s · W) ∗ x + (β - s · μ),    s = γ / √(σ² + ε)
+
+    which is a convolution with other weights, and a bias. One pass over the maps instead of two.
+    """
+    model = copy.deepcopy(model).eval()
+    for layer in model.modules():
+        if hasattr(layer, "conv") and hasattr(layer, "norm"):
+            norm, scale = layer.norm, layer.norm.weight / (layer.norm.running_var + layer.norm.eps).sqrt()  # (out,)
+            layer.conv.weight = nn.Parameter(layer.conv.weight * scale[:, None, None, None])
+            layer.conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
+            layer.norm = nn.Identity()
+    return model
 
 
-def export_pt2(model, images, file):
+class Whole(nn.Module):
+    """The network with what stands before and behind it: uint8 (N, 1 or 3, S, S) -> probabilities (N, classes)."""
+
+    def __init__(self, network, preprocessing):
+        super().__init__()
+        self.network = network
+        for name in ("mean", "std"):
+            self.register_buffer(name, 255 * torch.tensor(preprocessing[name]).view(1, 3, 1, 1))
+
+    def forward(self, images):
+        return self.network((images.float() - self.mean) / self.std).softmax(dim=1)  # one channel becomes three
+
+
+def input_batches(split, channels):
+    """Batches (images, labels) of a split as an exported file takes them: float, or uint8 of so many channels."""
+    if channels:  # the pixels, as they are before `normalise`
+        split = replace(split, preprocessing=split.preprocessing | {"mean": [0.0] * 3, "std": [1.0] * 3})
+    for images, labels in split.batches():
+        if channels:
+            images = (255 * images[:, :channels]).round().byte()
+        yield images.contiguous(), labels
+
+
+# ------------------------------------------------------------------------------------------------- the formats
+
+
+def export_torchscript(network, example, path, about, _):
+    """Trace the network: record what it does with `example`. Right for a network without branches on its input."""
+    traced = torch.jit.freeze(torch.jit.trace(network, example))
+    torch.jit.save(traced, path, _extra_files={f"{key}.json": text for key, text in about.items()})
+
+
+def export_pt2(network, example, path, about, _):
     """torch.export: the graph of the network, with the size of the batch left open."""
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, file)
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, path, extra_files={f"{key}.json": text for key, text in about.items()})
 
 
-def load_pt2(file):
-    return torch.export.load(file).module()
+def export_onnx(network, example, path, about, _):
+    """ONNX, by way of torch.export, with "input" and "logits" (or "probabilities") as names."""
+    import onnx
+
+    shapes, output = ({0: torch.export.Dim("batch", min=1)},), "probabilities" if isinstance(network, Whole) else "logits"
+    names = {"input_names": ["input"], "output_names": [output]}
+    model = torch.onnx.export(network, (example,), dynamo=True, verbose=False, dynamic_shapes=shapes, **names).model_proto
+    for key, text in about.items():
+        model.metadata_props.add(key=key, value=text)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
 
 
-FORMATS = {
-    "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load),
-    "pt2": ("model.pt2", export_pt2, load_pt2),
+def export_int8(network, example, path, about, calibration):
+    """ONNX with 8-bit integers: static quantisation after training (Jacob et al., arXiv:1712.05877, §2 and §3).
+
+    A number r is kept as q = round(r / scale) + zero, the scale of a weight being that of its output channel, and the scale of an
+    activation the range that it has on the `calibration` images: "static", since it is fixed here. ReLU6 has
+    bounded that range already (§4 of the paper). Weights take 7 of the 8 bits: on CPUs without VNNI
+    two products of 8 bits can exceed the 16 that they are added up in.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):
+        def get_next(self):
+            return next(calibration, None)
+
+    plain = path.with_suffix(".float")
+    export_onnx(network, example, plain, about, None)
+    logging.disable(logging.WARNING)
+    quant_pre_process(plain, plain)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(plain, path, Images(), per_channel=True, reduce_range=True, **types)
+    logging.disable(logging.NOTSET)
+
+
+def load_torchscript(path):
+    return torch.jit.load(path)
+
+
+def load_pt2(path):
+    return torch.export.load(path).module()
+
+
+def load_onnx(path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options)
+    return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+
+FORMATS = {  # file, how it is written, how it is read, packages beside those in requirements.txt
+    "torchscript": ("model.torchscript.pt", export_torchscript, load_torchscript, ()),
+    "pt2": ("model.pt2", export_pt2, load_pt2, ()),
+    "onnx": ("model.onnx", export_onnx, load_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "int8": ("model.int8.onnx", export_int8, load_onnx, ("onnx", "onnxscript", "onnxruntime")),
 }
 
+# -------------------------------------------------------------------------------------------- the verification
 
-def verify(model, exported, images):
-    """Compare an exported network with the original on `images` (N, 3, S, S), in batches of each size in BATCH_SIZES.
 
-    Returns {"largest_difference": of any logit, "agreement": share of images with the same predicted class}.
-    """
-    differences, agreements = [], []
+def time_batches(network, images, rounds):
+    """Median seconds for `images`."""
+    seconds = []
+    for _ in range(3 + rounds):  # the first ones find memory, and let TorchScript optimise
+        begun = time.perf_counter()
+        network(images)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[3:])
+
+
+def run_all(network, split, channels):
+    """Outputs (N, classes) and labels (N,) of a split, and its first inputs, 16 at most."""
+    outputs, all_labels, first = [], [], None
     with torch.inference_mode():
-        for size in BATCH_SIZES:
-            batches = images.split(size)
-            expected = torch.cat([model(batch) for batch in batches])
-            given = torch.cat([exported(batch) for batch in batches])
-            differences.append((expected - given).abs().max().item())
-            agreements.append((expected.argmax(dim=1) == given.argmax(dim=1)).double().mean().item())
-    return {"largest_difference": max(differences), "agreement": min(agreements)}
+        for images, labels in input_batches(split, channels):
+            first = images[:16] if first is None else first
+            outputs += [network(part) for part in images.split(16)]
+            all_labels.append(labels)
+    return torch.cat(outputs), torch.cat(all_labels), first
+
+
+def measure(load, path, split, channels, threads):
+    """Load a network and show it a split. Returns (outputs (N, classes), what it took and how it did, as a dict)."""
+    torch.set_num_threads(threads)
+    begun = time.perf_counter()
+    network = load(path)
+    took = {"load_seconds": time.perf_counter() - begun}
+    outputs, labels, images = run_all(network, split, channels)
+    took["accuracy"] = (outputs.argmax(dim=1) == labels).double().mean().item()
+    sixteen = images.repeat(16, 1, 1, 1)[:16]
+    with torch.inference_mode():
+        # The size of the batch must not have become a constant.
+        tried = [torch.cat([network(part) for part in images.split(size)]) for size in (1, 3)]
+        took["batch_difference"] = max((outputs[: len(images)] - other).abs().max().item() for other in tried)
+        took["latency_ms"] = 1000 * time_batches(network, images[:1], 30)
+        took["images_per_second"] = 16 / time_batches(network, sixteen, 10)
+    return outputs, took
+
+
+def measure_afresh(*arguments):
+    """`measure` in a process of its own, which knows nothing of this one."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def find_fault(name, result, images):
+    """Why a file must not be shipped, or None."""
+    if result["batch_difference"] > TOLERANCE:
+        return "its outputs depend on the size of the batch"
+    if name == "int8" and (lost := result["accuracy_lost"]) > LOST and round(lost * images) > 1:
+        return f"it gets {lost:.1%} more of the images wrong than the network"
+    if name != "int8" and not result["largest_difference"] < TOLERANCE:
+        return f"its outputs differ by up to {result['largest_difference']:.1e}"
+
+
+def format_row(name, result):
+    file, size = result.get("file", "-"), f"{result['bytes'] / 1e6:.2f}" if "bytes" in result else "-"
+    numbers = [f"{result['load_seconds']:.2f}", f"{result['latency_ms']:.2f}", f"{result['images_per_second']:.0f}"]
+    numbers += [f"{result['accuracy']:.2%}", f"{result['largest_difference']:.1e}", f"{result['agreement']:.2%}"]
+    return ROW(name, file, size, *numbers)
+
+
+ROW = "{:<12} {:<21} {:>6} {:>7} {:>8} {:>9} {:>9} {:>11} {:>9}".format
+HEADER = ("", "file", "MB", "load s", "1 in ms", "16: per s", "accuracy", "difference", "agreement")
 
 
 def main():
     parser = data.command_line("Export a checkpoint and verify the files.", "digits", "runs/export", batch_size=64)
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/finetune/best.pt"), help="network to export")
+    parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help="a torchvision .pth, or imagenet, will do, too")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="what to write")
+    text = "uint8 images in, probabilities out: no normalisation to get wrong"
+    parser.add_argument("--with-preprocessing", action="store_true", help=text)
     args = parser.parse_args()
-    model, checkpoint, split, split_name = load_for_evaluation(args, "cpu")
-    model = model.to(memory_format=torch.contiguous_format)
-    images, _ = next(split.batches())
+    model, checkpoint, dataset, split, split_name = load_for_evaluation(args, "cpu")
+    preprocessing, threads = checkpoint["preprocessing"], torch.get_num_threads()
+    channels = preprocessing["channels"] if args.with_preprocessing else None
+    plain, folded = model.to(memory_format=torch.contiguous_format), fold_batch_norm(model)
+    if args.with_preprocessing:
+        plain, folded = (Whole(network, preprocessing).eval() for network in (plain, folded))
+    folded = folded.to(memory_format=torch.channels_last)
+    about = {"classes": checkpoint["classes"], "preprocessing": preprocessing}
+    report = {"checkpoint": args.checkpoint, **about, "with_preprocessing": args.with_preprocessing}
+    report |= {"verified_on": f"{len(split)} images of {args.data} ({split_name})", "threads": threads, "formats": {}}
+    about = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
 
-    report = {
-        "checkpoint": str(args.checkpoint),
-        "classes": checkpoint["classes"],
-        "preprocessing": checkpoint["preprocessing"],
-        "verified_on": f"{len(images)} images of {args.data} ({split_name})",
-        "formats": {},
-    }
-    failed = []
-    for name, (file_name, export, load) in FORMATS.items():
-        # In memory first: what stands in --out is replaced only by what has been verified. Two images, not one:
-        # torch.export takes a size of 1 for a constant.
-        file = io.BytesIO()
-        export(model, images[:2], file)
-        contents = file.getvalue()
-        result = {"file": file_name, "bytes": len(contents)} | verify(model, load(io.BytesIO(contents)), images)
-        if result["largest_difference"] < TOLERANCE and result["agreement"] == 1:
-            write_file(args.out / file_name, contents)
-            report["formats"][name] = result
-        else:
-            (args.out / file_name).unlink(missing_ok=True)  # an older one would be of another network
-            failed.append(name)
-        print(f"{name:12} {len(contents) / 1e6:.1f} MB  largest difference {result['largest_difference']:.1e}")
+    print(f"{threads} threads, {report['verified_on']}\n{ROW(*HEADER)}")
+    expected, eager = measure(lambda _: plain, None, split, channels, threads)
+    faults = []
+
+    def compare(outputs, result):
+        result["accuracy_lost"] = eager["accuracy"] - result["accuracy"]
+        result["largest_difference"] = (outputs - expected).abs().max().item()
+        result["agreement"] = (outputs.argmax(dim=1) == expected.argmax(dim=1)).double().mean().item()
+        return result
+
+    report["network"] = {"eager": compare(expected, eager)}
+    report["network"]["folded"] = compare(*measure(lambda _: folded, None, split, channels, threads))
+    for name, result in report["network"].items():
+        print(format_row(name, result), flush=True)
+    example = next(input_batches(split, channels))[0][:2]  # not one: torch.export takes a size of 1 for a constant
+    some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.formats:
+            file, export, load, packages = FORMATS[name]
+            if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+                data.warn(f"no {name}, for lack of {', '.join(missing)}: pip install -r requirements-onnx.txt")
+                continue
+            path = Path(folder, file)
+            calibration = ({"input": images.numpy()} for images, _ in input_batches(dataset.train.subset(some), channels))
+            export(folded, example, path, about, calibration)
+            result = {"file": file, "bytes": path.stat().st_size}
+            result |= compare(*measure_afresh(load, path, replace(split), channels, threads))
+            print(format_row(name, result), flush=True)
+            if fault := find_fault(name, result, len(split)):
+                (args.out / file).unlink(missing_ok=True)  # an older one would be of another network
+                faults.append(f"{file}: {fault}")
+            else:
+                write_file(args.out / file, path.read_bytes())
+                report["formats"][name] = result
+    write_file(args.out / "labels.txt", "\n".join([*checkpoint["classes"], ""]).encode())
     write_file(args.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False).encode())
-    if failed:
-        raise SystemExit(f"not written, for they differ from the network: {', '.join(failed)}")
-    print(f"wrote {', '.join(result['file'] for result in report['formats'].values())} and report.json to {args.out}")
+    if faults:
+        data.warn(f"export.py: not written, for {'; '.join(faults)}")
+        sys.exit(1)
+    written = [result["file"] for result in report["formats"].values()]
+    print(f"wrote {', '.join([*written, 'labels.txt', 'report.json'])} to {args.out}")
 
 
 if __name__ == "__main__":

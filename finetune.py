@@ -7,10 +7,11 @@ Stage "head": the network is frozen and only a classifier is trained, on the fea
 last blocks are trained too, more carefully than the classifier. The first layers stay as they are: edges and strokes
 are edges and strokes in any data set, and few labelled images would only spoil them.
 
-A frozen layer is a fixed function: the same picture gives the same numbers in every epoch. So each goes through it
-once: what came out is kept (`Frozen`), and the stages train on that.
+A frozen layer is a fixed function: the same picture gives the same numbers in every epoch. So what comes out of it can be
+kept (`Frozen`), and trained on for many epochs.
 """
 
+import argparse
 import shlex
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from train import Run, begin, fit, parameter_groups
 
 BACKBONE_RATE = 0.5  # learning rate of the last convolution, as a share of the classifier's
 BLOCK_DECAY = 0.9  # that of each block, as a share of the rate of the layer behind it
-KEEP_BYTES = 1e9  # of memory for what comes out of the frozen layers, and twice that while it is put together
+KEEP_BYTES = 1e9  # of memory, for each split, to keep what comes out of the frozen layers; twice that while it is put together
 # Both stages take AdamW (Loshchilov and Hutter, arXiv:1711.05101). What learning rate SGD bears depends on how large a network's
 # features are; the steps of Adam do not depend on the size of the gradients, so that one default serves letters and photos.
 
@@ -95,15 +96,16 @@ def divide(model, count):
 
 
 def views_that_fit(front, split, views, images):
-    """How many passes of `images` images can be kept in KEEP_BYTES, `views` at most; a single augmented one is as good as none."""
+    """How many passes of `images` images can be kept in KEEP_BYTES, `views` at most, or 0: the first alone has no augmentation."""
     size = split.preprocessing["image_size"]
     with torch.no_grad():
         needed = front(torch.zeros(1, 3, size, size, device=split.device)).nbytes * images
-    fit = min(views, int(KEEP_BYTES // needed))
-    if fit < views:
-        fit = fit if fit > 1 else 0
-        print(f"views kept: {fit} of {views}, which would take {needed * views / 1e9:.1f} GB; 0: every epoch computes its own")
-    return fit
+    room = int(KEEP_BYTES // needed)
+    if room >= views:
+        return views
+    room = room if room > 1 else 0
+    print(f"views kept: {room} of {views}, which would take {needed * views / 1e9:.1f} GB; 0: every epoch computes its own")
+    return room
 
 
 def train_head(run, backbone, head, train, val, args):
@@ -149,13 +151,15 @@ def train_blocks(run, backbone, head, train, val, args):
 
 
 def tune(run, model, dataset, args):
-    """Both stages, or what is left of them in a run that was resumed."""
+    """Both stages, or what is left of them in a run that was resumed; best.pt is then the best of both."""
     model.eval()
     front, backbone, head = divide(model, args.unfreeze)
     train, val = dataset.train, dataset.val
-    # What is in memory is augmented for next to nothing, and learns best from new images all the time (on validation digits,
-    # by other writers: loss 0.19 instead of 0.21); a photo is decoded, cropped, tilted and lit anew for much more.
-    views = args.views if args.views is not None else 4 if isinstance(train, data.FolderSplit) else 0
+    views = args.views
+    if views is None:
+        # What is in memory is augmented for next to nothing, and learns best from new images all the time (a loss of 0.19
+        # instead of 0.21 on a third of the training digits, left out by writers); photos must be decoded, too.
+        views = 4 if isinstance(train, data.FolderSplit) else 0
     train = freeze(front, train, views_that_fit(front, train, views, train.epoch_size()))
     val = freeze(front, val, views_that_fit(front, val, 1, len(val)))
     if run.state is None or run.state["stage"] == "head":
@@ -167,7 +171,10 @@ def tune(run, model, dataset, args):
 
 
 def start(args, device):
-    """The data set and the network to start from; says what is taken from --checkpoint and what is made anew."""
+    """Data set and network to start from: (Data, model). Says what is taken from --checkpoint and what is made anew.
+
+    Raises CheckpointError or DataError.
+    """
     source = read_pretrained(args.checkpoint)
     # The network goes on seeing images as it has learned to; whether they are grey is up to the new data.
     preprocessing = {key: source["preprocessing"][key] for key in ("image_size", "mean", "std")}
@@ -186,6 +193,9 @@ def start(args, device):
 
 
 def number_or_all(text):
+    """The number of blocks that --unfreeze names. Raises ArgumentTypeError."""
+    if text != "all" and not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of blocks nor all")
     return 17 if text == "all" else int(text)
 
 
@@ -193,10 +203,10 @@ def command_line():
     parser = data.command_line("Fine-tune a network on another data set.", "digits", "runs/finetune")
     data.add_training_options(parser, fewest_epochs=0)  # 0: only stage head
     parser.set_defaults(epochs=10, learning_rate=0.002, weight_decay=0.01, batch_size=64, schedule="cosine", patience=5)
-    parser.add_argument("--checkpoint", default="runs/train/best.pt", help="or a torchvision .pth, or imagenet")
+    parser.add_argument("--checkpoint", default="runs/train/best.pt", help="to start from; or a torchvision .pth, or imagenet")
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="None: as the checkpoint has it")
     data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
-    text = "how many of the 17 blocks stage blocks trains, the last ones, or all"
+    text = "how many of the 17 blocks stage blocks trains, the last ones; 17 or all: the stem, too"
     data.add_number(parser, "--unfreeze", number_or_all, 0, 17, 11, text)
     text = "passes over the images that stage blocks keeps, augmented but the first; 0: new ones in every epoch; None: 4 of photos"
     data.add_number(parser, "--views", int, 0, 1000, None, text)

@@ -21,6 +21,7 @@ import math
 import os
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,8 +51,10 @@ HEAD_CHANNELS = 1280
 # among them, drop the last strides instead, and dilate what follows: they want large maps, not large details.)
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output_stride -> how many
 
-# What torchvision's ImageNet weights are evaluated with (torchvision.models.MobileNet_V2_Weights).
-IMAGENET_PREPROCESSING = {"image_size": 224, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+# What torchvision's ImageNet weights are evaluated with (torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V2): the middle 224
+# pixels of a shorter side of 232.
+MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+IMAGENET_PREPROCESSING = {"image_size": 224, "crop": 224 / 232, "channels": 3, "mean": MEAN, "std": DEVIATION}
 
 
 class CheckpointError(ValueError):
@@ -315,7 +318,8 @@ def write_file(path, contents):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say for which file
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read_file(path):
@@ -323,7 +327,7 @@ def read_file(path):
     try:
         contents = Path(path).read_bytes()
     except FileNotFoundError as error:
-        mend = "train one with 'python train.py', or name another with --checkpoint"
+        mend = "make one with train.py or finetune.py, or name another with --checkpoint"
         raise CheckpointError(f"no checkpoint at '{path}': {mend}") from error
     try:
         with warnings.catch_warnings():

@@ -151,17 +151,12 @@ class Run:
         passing = ("out", "resume", "overwrite", "workers", "data_dir")  # what does not change the result
         self.settings = {name: str(value) for name, value in vars(args).items() if name not in passing}
         self.settings["nproc_per_node"] = str(data.processes()[1])  # torchrun's option
-        last = self.folder / "last.pt"
         if args.resume:
-            self.restore(last)
-        elif last.exists() and not args.overwrite:
-            raise data.DataError(f"'{self.folder}' holds a run: --resume it, --overwrite it, or name another --out")
+            self.restore(self.folder / "last.pt")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, path):
         """Go back to where `path` was written. Raises DataError unless it was written with the same settings."""
-        if not path.exists():
-            raise data.DataError(f"there is no run to resume in '{self.folder}': name its folder with --out")
         model, checkpoint = load_checkpoint(path)
         if "state" not in checkpoint:
             raise data.DataError(f"'{path}' is not the last.pt of a run: put that back, or --overwrite it")
@@ -319,7 +314,14 @@ def average_statistics(network):
 
 
 def begin(args):
-    """Join the processes that torchrun has started, if it has, and seed the first weights. Returns the device."""
+    """Join the processes that torchrun has started, if it has, and seed the first weights. Returns the device.
+
+    Raises DataError where --out and --resume do not go together, before anything is loaded.
+    """
+    if args.resume and not (args.out / "last.pt").exists():
+        raise data.DataError(f"there is no run to resume in '{args.out}': name its folder with --out")
+    if (args.out / "last.pt").exists() and not (args.resume or args.overwrite):
+        raise data.DataError(f"'{args.out}' holds a run: --resume it, --overwrite it, or name another --out")
     torch.manual_seed(args.seed)
     device = data.choose_device(args.device)
     if "LOCAL_RANK" in os.environ and data.processes() == (0, 1):

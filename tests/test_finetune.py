@@ -261,7 +261,7 @@ def test_it_starts_from_a_torchvision_file_and_keeps_its_normalisation(tmp_path,
     assert "classifier: fresh, for 10 classes (the weights know 7)" in out
     model, checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     assert torch.equal(model.stem.conv.weight, weights["features.0.0.weight"])
-    assert checkpoint["preprocessing"] == data.PREPROCESSING["flowers"] | {"image_size": 16, "channels": 1}
+    assert checkpoint["preprocessing"] == data.PREPROCESSING["flowers"] | {"image_size": 16, "channels": 1, "crop": 1.0}
     assert call(evaluate, "--checkpoint", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval")[0] == 0
 
 
