@@ -809,7 +809,7 @@ def plot_grid(path, title, pictures, names, colours=None, columns=8):
     colours = colours or ["black"] * len(names)
     for axes, picture, name, colour in zip(figure.axes, pictures, names, colours, strict=False):
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(name, color=colour, fontsize=10)
+        axes.set_title(name, color=colour, fontsize=9)
     figure.savefig(path, dpi=120)
 
 

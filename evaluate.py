@@ -176,7 +176,7 @@ def plot_predictions(path, split, logits, classes, title, indices, model=None):
     for index, guess, confidence in zip(indices.tolist(), guesses.tolist(), confidences, strict=True):
         label = split.labels[index].item()
         before = Path(split.name(index)).name if label == UNKNOWN else classes[label] + " →" if label != guess else ""
-        names.append(f"{data.shorten(before)}\n{data.shorten(classes[guess], 11)} {confidence:.0%}")
+        names.append(f"{data.shorten(before)}\n{data.shorten(classes[guess], 11)} · {confidence:.0%}")
         colours.append("black" if label == UNKNOWN else RIGHT if label == guess else WRONG)
     if model is not None:
         heat = colour_activations(find_activations(model, images, guesses), pictures, model.arch["output_stride"])

@@ -39,6 +39,7 @@ TOLERANCE = 1e-4  # of an output of a float format
 LOST = 0.005  # share of the images that int8 may get wrong and the network does not; a single one is forgiven
 CALIBRATION = 256  # training images that show int8 how large activations become
 warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation is told above
+warnings.filterwarnings("ignore", "No complete tensor found")  # torch.export's, of weights with channels last
 
 
 def fold_batch_norm(model):
@@ -120,16 +121,15 @@ def export_int8(network, example, path, about, calibration):
     two products of 8 bits can exceed the 16 that they are added up in.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):
         def get_next(self):
             return next(calibration, None)
 
-    plain = path.with_suffix(".float")
-    export_onnx(network, example, plain, about, None)
-    logging.disable(logging.WARNING)
-    quant_pre_process(plain, plain)
+    plain = path.with_name("model.onnx")
+    if not plain.exists():
+        export_onnx(network, example, plain, about, None)
+    logging.disable(logging.WARNING)  # that a preprocessing is advised: it would fold BatchNorm, too
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     quantize_static(plain, path, Images(), per_channel=True, reduce_range=True, **types)
     logging.disable(logging.NOTSET)
@@ -236,7 +236,7 @@ def main():
     parser.add_argument("--with-preprocessing", action="store_true", help=text)
     args = parser.parse_args()
     model, checkpoint, dataset, split, split_name = load_for_evaluation(args, "cpu")
-    preprocessing, threads = checkpoint["preprocessing"], torch.get_num_threads()
+    preprocessing, threads = {"crop": 0.875} | checkpoint["preprocessing"], torch.get_num_threads()
     channels = preprocessing["channels"] if args.with_preprocessing else None
     plain, folded = model.to(memory_format=torch.contiguous_format), fold_batch_norm(model)
     if args.with_preprocessing:

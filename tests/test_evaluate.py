@@ -212,7 +212,7 @@ def test_the_pictures_have_the_right_cells_and_names(trained, tmp_path, monkeypa
         label = split.labels[index].item()
         before, guess = title.get_text().split("\n")
         wrong = index % 2 == 0
-        assert (before, int(guess.split()[0])) == ((f"{label} →", (label + 1) % 10) if wrong else ("", label))
+        assert (before, int(guess.split(" · ")[0])) == ((f"{label} →", (label + 1) % 10) if wrong else ("", label))
         assert title.get_color() == (evaluate.WRONG if wrong else evaluate.RIGHT)
     assert {title.get_color() for title in titles} == {evaluate.RIGHT, evaluate.WRONG}
 
