@@ -273,9 +273,13 @@ def main():
             calibration = ({"input": images.numpy()} for images, _ in input_batches(dataset.train.subset(some), channels))
             export(folded, example, path, about, calibration)
             result = {"file": file, "bytes": path.stat().st_size}
-            result |= compare(*measure_afresh(load, path, replace(split), channels, threads))
-            print(format_row(name, result), flush=True)
-            if fault := find_fault(name, result, len(split)):
+            try:
+                result |= compare(*measure_afresh(load, path, replace(split), channels, threads))
+                print(format_row(name, result), flush=True)
+                fault = find_fault(name, result, len(split))
+            except Exception as error:  # whatever a runtime raises for a file that it does not like
+                fault = f"it cannot be run ({type(error).__name__}: {error})"
+            if fault:
                 (args.out / file).unlink(missing_ok=True)  # an older one would be of another network
                 faults.append(f"{file}: {fault}")
             else:

@@ -5,6 +5,7 @@
     python experiments/benchmark.py memory
     python experiments/benchmark.py training --data-dir /usr/share/datasets/fashion-mnist
     python experiments/benchmark.py finetuning --photos path/to/class/folders --checkpoint imagenet
+    python experiments/benchmark.py shipping
 
 Every row is the median of several rounds, and the ways take turns within a round: what else the machine does, it does to all.
 """
@@ -30,9 +31,10 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import export  # noqa: E402
 import finetune  # noqa: E402
 import train  # noqa: E402
-from mobilenetv2 import MobileNetV2, read_pretrained, to_torchvision  # noqa: E402
+from mobilenetv2 import MobileNetV2, load_pretrained, read_pretrained, to_torchvision  # noqa: E402
 
 ROUNDS = 3
 
@@ -351,13 +353,37 @@ def finetuning(args):
         print(f"  {name:11}  finetune.py is {medians[0] / medians[1]:.2f} times as fast", flush=True)
 
 
+def shipping(args):
+    """One image of 224 pixels: the exported files beside the network in eager mode, torchvision's and ours."""
+    theirs, image = mobilenet_v2().eval(), torch.randn(1, 3, 224, 224)
+    ours = load_pretrained(args.checkpoint) if args.checkpoint else MobileNetV2().eval()
+    folded = export.fold_batch_norm(ours).to(memory_format=torch.channels_last)
+    ways = {"torchvision, eager": theirs, "mobilenetv2.py, eager": ours, "folded, channels last": folded}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (file, write, read, _) in export.FORMATS.items():
+            calibration = ({"input": torch.randn(8, 3, 224, 224).numpy()} for _ in range(4))
+            write(folded, torch.randn(2, 3, 224, 224), Path(folder, file), {}, calibration)
+            ways[f"{name}, {Path(folder, file).stat().st_size / 1e6:.2f} MB"] = read(Path(folder, file))
+    times = {name: [] for name in ways}
+    with torch.inference_mode():
+        for _ in range(10):
+            for name, network in ways.items():
+                times[name].append(1000 * export.time_batches(network, image, 10))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    print(f"\none image of 224 pixels ({torch.get_num_threads()} threads, milliseconds, median of 10 rounds and range)")
+    for name, values in times.items():
+        ratio = medians["torchvision, eager"] / medians[name]
+        print(f"  {name:28} {medians[name]:7.2f}   {min(values):.2f} to {max(values):.2f}   {ratio:.2f} times as fast")
+
+
 def main():
-    questions = {"small": small, "photos": photos, "memory": memory, "training": training, "finetuning": finetuning}
+    questions = {"small": small, "photos": photos, "memory": memory, "training": training}
+    questions |= {"finetuning": finetuning, "shipping": shipping}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", help="what to measure; nothing: everything")
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where Fashion-MNIST is")
     parser.add_argument("--photos", type=Path, help="class folders of photos, measured beside made-up ones")
-    parser.add_argument("--checkpoint", help="what finetuning starts from; nothing: random weights, equally fast")
+    parser.add_argument("--checkpoint", help="what finetuning starts from, and shipping takes; nothing: random weights, equally fast")
     args = parser.parse_args()
     unknown = set(args.questions) - set(questions)
     if unknown:

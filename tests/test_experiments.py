@@ -3,6 +3,7 @@
 import csv
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -41,8 +42,9 @@ def test_few_labels_compares_four_ways_that_the_scripts_accept(trained, tmp_path
     assert (tmp_path / "few_labels.png").exists()
 
 
-def test_few_labels_ends_in_one_line_when_a_run_fails_or_nothing_is_there_to_start_from(trained, tmp_path, call):
-    options = ("--seeds", 2, "--out", tmp_path, "--data", "digits", "--width", 100)
+def test_few_labels_ends_in_one_line_when_a_run_fails_or_nothing_is_there(trained, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(few_labels.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    options = ("--seeds", 2, "--out", tmp_path, "--data", "digits")
     code, _, error = call(few_labels, *options, "--checkpoint", trained / "best.pt")
     assert code == 2 and error == "few_labels.py: train.py failed, see above\n"  # what that said goes to the terminal
     code, _, error = call(few_labels, *options, "--checkpoint", tmp_path / "nothing.pt")
