@@ -289,6 +289,29 @@ def load_for_evaluation(args, device):
     return model, checkpoint, dataset, *((dataset.test, "test") if dataset.test else (dataset.val, "val"))
 
 
+def draw(args, model, checkpoint, split, logits, confusion):
+    """Draw all pictures of an evaluation. Returns their names."""
+    classes, labels = checkpoint["classes"], split.labels
+    data.find_fonts(classes)
+    plot_confusion(confusion, classes, args.out / "confusion.png")
+    written = ["confusion.png"]
+    if checkpoint["history"]:
+        plot_history(checkpoint["history"], args.out / "curves.png", "the run up to the epoch whose weights these are")
+        written.append("curves.png")
+    some = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:32]  # the same ones every time
+    confidences, guesses = logits.softmax(dim=1).max(dim=1)
+    mistakes = torch.where(guesses == labels, -1, confidences).argsort(descending=True)[: (guesses != labels).sum()]
+    right = [index for index in some.tolist() if guesses[index] == labels[index]]
+    looked = torch.cat([mistakes[:8], torch.tensor(right[:8], dtype=torch.long)]) if args.explain else some[:0]
+    for name, *about in (
+        ("samples.png", "green: right · red: true → predicted · confidence", some.sort().values),
+        ("mistakes.png", "the most confident mistakes: true → predicted", mistakes[:32]),
+        ("explanation.png", f"{EXPLANATION}; the most confident mistakes, and some that are right", looked, model),
+    ):
+        written += plot_predictions(args.out / name, split, logits, classes, *about)
+    return written
+
+
 def evaluate(args, device):
     """Score a checkpoint on images whose classes are known. Returns the names of the files that it wrote."""
     model, checkpoint, _, split, split_name = load_for_evaluation(args, device)
@@ -308,23 +331,8 @@ def evaluate(args, device):
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
     write_file(args.out / "report.txt", (text + "\n").encode())
     write_predictions(args.out / "predictions.csv", split, logits, classes)
-    data.find_fonts(classes)
-    plot_confusion(confusion, classes, args.out / "confusion.png")
-    written = ["metrics.json", "report.txt", "predictions.csv", "confusion.png"]
-    if checkpoint["history"]:
-        plot_history(checkpoint["history"], args.out / "curves.png", "the run up to the epoch whose weights these are")
-        written.append("curves.png")
-    some = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:32]  # the same ones every time
-    confidences, guesses = logits.softmax(dim=1).max(dim=1)
-    mistakes = torch.where(guesses == labels, -1, confidences).argsort(descending=True)[: (guesses != labels).sum()]
-    right = [index for index in some.tolist() if guesses[index] == labels[index]]
-    looked = torch.cat([mistakes[:8], torch.tensor(right[:8], dtype=torch.long)]) if args.explain else some[:0]
-    for name, *about in (
-        ("samples.png", "green: right · red: true → predicted · confidence", some.sort().values),
-        ("mistakes.png", "the most confident mistakes: true → predicted", mistakes[:32]),
-        ("explanation.png", f"{EXPLANATION}; the most confident mistakes, and some that are right", looked, model),
-    ):
-        written += plot_predictions(args.out / name, split, logits, classes, *about)
+    written = ["metrics.json", "report.txt", "predictions.csv"]
+    written += draw(args, model, checkpoint, split, logits, confusion)
     print(text)
     return written
 
@@ -338,8 +346,8 @@ def classify(args, device):
     split.labels.fill_(UNKNOWN)
     logits, _ = predict(model, split)
     write_predictions(args.out / "images.csv", split, logits, classes)
-    data.find_fonts(classes)
     first = torch.arange(len(split))[:32]
+    data.find_fonts([*classes, *(Path(split.name(index)).name for index in first)])
     title = f"predicted class · confidence{' · the first 32' * (len(split) > 32)}"
     written = ["images.csv", *plot_predictions(args.out / "images.png", split, logits, classes, title, first)]
     looked = first[:16] if args.explain else first[:0]
