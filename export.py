@@ -117,8 +117,8 @@ def export_int8(network, example, path, about, calibration):
 
     A number r is kept as q = round(r / scale) + zero, the scale of a weight being that of its output channel, and the scale of an
     activation the range that it has on the `calibration` images: "static", since it is fixed here. ReLU6 has
-    bounded that range already (§4 of the paper). Weights take 7 of the 8 bits: on CPUs without VNNI
-    two products of 8 bits can exceed the 16 that they are added up in.
+    bounded that range already (§4 of the paper). Weights are unsigned, too: CPUs without VNNI add up products of signed and unsigned
+    numbers in 16 bits, which overflow, and a bit less for the weights costs more than an offset.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -130,8 +130,7 @@ def export_int8(network, example, path, about, calibration):
     if not plain.exists():
         export_onnx(network, example, plain, about, None)
     logging.disable(logging.WARNING)  # that a preprocessing is advised: it would fold BatchNorm, too
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(plain, path, Images(), per_channel=True, reduce_range=True, **types)
+    quantize_static(plain, path, Images(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QUInt8)
     logging.disable(logging.NOTSET)
 
 
@@ -261,7 +260,8 @@ def main():
     report["network"]["folded"] = compare(*measure(lambda _: folded, None, split, channels, threads))
     for name, result in report["network"].items():
         print(format_row(name, result), flush=True)
-    example = next(input_batches(split, channels))[0][:2]  # not one: torch.export takes a size of 1 for a constant
+    # Not one: torch.export takes a size of 1 for a constant. A clone: it saves the example, and with a view all that is behind it.
+    example = next(input_batches(split, channels))[0][:2].clone()
     some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
     with tempfile.TemporaryDirectory() as folder:
         for name in args.formats:

@@ -77,6 +77,7 @@ def test_export_writes_and_reports_all_formats(exported, small):
     eager = report["network"]["eager"]
     for name, entry in (report["formats"] | report["network"]).items():
         assert name in report["network"] or entry["bytes"] == (exported / entry["file"]).stat().st_size
+        assert name in report["network"] or entry["bytes"] < 600_000  # 45,000 weights, and no images
         assert entry["latency_ms"] > 0 and entry["images_per_second"] > 0 and entry["load_seconds"] >= 0
         assert entry["batch_difference"] < 1e-4 and entry["accuracy"] == pytest.approx(eager["accuracy"], abs=0.0051)
         if name != "int8":
