@@ -103,26 +103,23 @@ def find_notes(confusion, classes):
     return notes + ([f"most often confused: {', '.join(pairs)}"] if pairs else [])
 
 
-def pad(name, width):
-    """Right-aligned in a terminal, where a Chinese character is as wide as two Latin ones."""
-    return " " * (width - measure_text(name)) + name
-
-
 def measure_text(name):
+    """Columns in a terminal, where a Chinese character is as wide as two Latin ones."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in name)
 
 
 def format_report(report, scores, classes):
     """The report as aligned text, a line a class, in scikit-learn's form."""
     width = max(map(measure_text, (*classes, "weighted avg")))
+    space = {name: " " * (width - measure_text(name)) for name in (*classes, "macro avg", "weighted avg")}
     lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
     total = sum(row["support"] for row in report["per_class"])
     averages = [(f"{name} avg", report[name] | {"support": total}) for name in ("macro", "weighted")]
     for name, row in [*zip(classes, report["per_class"], strict=True), *averages]:
         if name == "macro avg":
-            lines += ["", f"{pad('accuracy', width)}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
+            lines += ["", f"{'accuracy':>{width}}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
         precision, recall, f1, support = row.values()
-        lines.append(f"{pad(name, width)}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
+        lines.append(f"{space[name]}{name}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
     lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
     return "\n".join(lines)
 
@@ -280,11 +277,9 @@ def load_for_evaluation(args, device):
         checkpoint["classes"] = there
     known = name_classes(checkpoint)
     if known != there:
-        knows, has = ([name for name in names if name not in others] for names, others in ((known, there), (there, known)))
-        knows, has = (f"{', '.join(names[:3]) or 'the same'}{', ...' * (len(names) > 3)}" for names in (knows, has))
-        mend = "name the data it was trained on with --data"
-        counts = f"'{args.checkpoint}' knows {count} classes, '{args.data}' has {len(there)}"
-        raise data.DataError(f"{counts}; only in the first: {knows}; only in the second: {has}: {mend}")
+        only = [", ".join([name for name in names if name not in others][:3]) for names, others in ((known, there), (there, known))]
+        counts = f"'{args.checkpoint}' knows {count} classes ({only[0]}, ...), '{args.data}' has {len(there)} ({only[1]}, ...)"
+        raise data.DataError(f"{counts}: name the data it was trained on with --data")
     model = load_pretrained(checkpoint).to(device, memory_format=data.memory_format(device))
     return model, checkpoint, dataset, *((dataset.test, "test") if dataset.test else (dataset.val, "val"))
 

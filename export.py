@@ -8,10 +8,9 @@
     onnx          model.onnx             for ONNX Runtime and many others, and the fastest of these on a CPU
     int8          model.int8.onnx        the same with weights and activations of 8 bits, a quarter of the size
 
-The last two need the packages in requirements-onnx.txt. All take float images (N, 3, S, S), normalised as report.json says, for any
-N, and give logits (N, classes); with --with-preprocessing they take uint8 images (N, channels, S, S) and give probabilities.
-Class names and preprocessing travel in each file, and in labels.txt. Every file is read back in a fresh process and must
-say of all test images what the network says.
+The last two need the packages in requirements-onnx.txt. All take float images (N, 3, S, S), normalised as report.json says, and give
+logits (N, classes); with --with-preprocessing they take uint8 images (N, channels, S, S) and give probabilities. Every file
+is read back in a fresh process and must say of all test images what the network says.
 """
 
 import copy
@@ -134,10 +133,6 @@ def export_int8(network, example, path, about, calibration):
     logging.disable(logging.NOTSET)
 
 
-def load_torchscript(path):
-    return torch.jit.load(path)
-
-
 def load_pt2(path):
     return torch.export.load(path).module()
 
@@ -152,7 +147,7 @@ def load_onnx(path):
 
 
 FORMATS = {  # file, how it is written, how it is read, packages beside those in requirements.txt
-    "torchscript": ("model.torchscript.pt", export_torchscript, load_torchscript, ()),
+    "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load, ()),
     "pt2": ("model.pt2", export_pt2, load_pt2, ()),
     "onnx": ("model.onnx", export_onnx, load_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "int8": ("model.int8.onnx", export_int8, load_onnx, ("onnx", "onnxscript", "onnxruntime")),
@@ -224,7 +219,6 @@ def format_row(name, result):
 
 
 ROW = "{:<12} {:<21} {:>6} {:>7} {:>8} {:>9} {:>9} {:>11} {:>9}".format
-HEADER = ("", "file", "MB", "load s", "1 in ms", "16: per s", "accuracy", "difference", "agreement")
 
 
 def main():
@@ -246,7 +240,8 @@ def main():
     report |= {"verified_on": f"{len(split)} images of {args.data} ({split_name})", "threads": threads, "formats": {}}
     about = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
 
-    print(f"{threads} threads, {report['verified_on']}\n{ROW(*HEADER)}")
+    print(f"{threads} threads, {report['verified_on']}")
+    print(ROW("", "file", "MB", "load s", "1 in ms", "16: per s", "accuracy", "difference", "agreement"))
     expected, eager = measure(lambda _: plain, None, split, channels, threads)
     faults = []
 

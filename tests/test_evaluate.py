@@ -307,7 +307,7 @@ def test_weights_in_torchvisions_names_take_the_classes_of_the_data_or_those_of_
         torch.save(weights, tmp_path / "theirs.pth")
         code, out, err = call(evaluate, *options, "--data", photos)
         assert code == (0 if count == 2 else 2)
-        assert "  dark  " in out if count == 2 else {3: "3 classes, ", 1000: "only in the first: tench, goldfish"}[count] in err
+        assert "  dark  " in out if count == 2 else {3: "3 classes (class 0, class 1,", 1000: "(tench, goldfish,"}[count] in err
     assert call(evaluate, *options, "--images", photos)[0] == 0
     with open(tmp_path / "out" / "images.csv", newline="") as file:
         names = set(torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"])
@@ -333,7 +333,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capsys):
 def test_a_checkpoint_of_other_classes_is_refused_with_both_named(trained, tmp_path, call):
     code, _, err = call(evaluate, "--checkpoint", trained / "best.pt", "--data", "glyphs", "--out", tmp_path)
     assert code == 2 and len(err.splitlines()) == 1
-    assert "knows 10 classes, 'glyphs' has 37; only in the first: 0, 1, 2, ...; only in the second: A, B, C, ...: name" in err
+    assert "knows 10 classes (0, 1, 2, ...), 'glyphs' has 37 (A, B, C, ...): name the data" in err
 
 
 @pytest.mark.parametrize("kind", ("missing", "truncated", "other", "torchvision"))

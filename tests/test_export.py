@@ -181,7 +181,7 @@ def test_with_preprocessing_pixels_go_in_and_probabilities_come_out(small, tmp_p
         expected = model(next(split.batches())[0]).softmax(dim=1)
     pixels = split.images[:32]
     assert pixels.shape == (32, 1, 16, 16) and pixels.dtype == torch.uint8
-    for file, load in (("model.torchscript.pt", export.load_torchscript), ("model.pt2", export.load_pt2)):
+    for file, load in (("model.torchscript.pt", torch.jit.load), ("model.pt2", export.load_pt2)):
         torch.testing.assert_close(load(tmp_path / file)(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
