@@ -40,6 +40,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def quick_curves(monkeypatch):
+    """Most tests of a run do not look at its curves, which take a second; `trained` and those of evaluate.py draw them."""
+    monkeypatch.setattr(train, "plot_history", lambda history, path: path.write_bytes(b"curves"))
+
+
 def call_script(script, *arguments):
     """Call a script as the command line does: returns the exit code."""
     argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, arguments)]
