@@ -12,13 +12,12 @@ from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 import data
-import evaluate
 import finetune
 import mobilenetv2
 import train
 from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint, to_torchvision
 
-SHORT = (*SMALL, "--per-class", "4", "--epochs", "2", "--head-epochs", "2")
+SHORT = (*SMALL, "--per-class", "4", "--epochs", "2", "--head-epochs", "2", "--unfreeze", "2")
 BLOCK_LAYERS = ("stem", *(f"blocks.{index}" for index in range(17)), "head", "classifier")
 
 
@@ -254,7 +253,7 @@ def weights_of_torchvision(tmp_path):
 
 def test_it_starts_from_a_torchvision_file_and_keeps_its_normalisation(tmp_path, call):
     weights, path = weights_of_torchvision(tmp_path)
-    options = (*SHORT, "--unfreeze", 0)
+    options = (*SHORT, "--unfreeze", 0, "--epochs", 1)
     code, out, _ = call(finetune, *options, "--checkpoint", path, "--out", tmp_path / "run")
     assert code == 0
     assert f"from {path}: stem, 17 blocks and last convolution, width 0.35, output stride 32" in out
@@ -262,7 +261,6 @@ def test_it_starts_from_a_torchvision_file_and_keeps_its_normalisation(tmp_path,
     model, checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     assert torch.equal(model.stem.conv.weight, weights["features.0.0.weight"])
     assert checkpoint["preprocessing"] == data.PREPROCESSING["flowers"] | {"image_size": 16, "channels": 1, "crop": 1.0}
-    assert call(evaluate, "--checkpoint", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval")[0] == 0
 
 
 def test_imagenet_is_the_file_of_torchvision(tmp_path, call, monkeypatch):
@@ -405,7 +403,7 @@ def test_a_run_on_photos_that_was_interrupted_goes_on_to_the_same_bits(start, tm
         for index, image in enumerate(images):
             to_pil_image(image).save(tmp_path / "photos" / name / f"{index}.png")
     command = ("--data", tmp_path / "photos", "--checkpoint", start, "--image-size", 16, "--batch-size", 4)
-    command += ("--epochs", 2, "--head-epochs", 2, "--views", 3)
+    command += ("--epochs", 2, "--head-epochs", 2, "--views", 3, "--unfreeze", 2)
     assert call(finetune, *command, "--out", tmp_path / "whole")[0] == 0
     _, whole = load_checkpoint(tmp_path / "whole" / "last.pt")
     assert call(finetune, *command, "--out", tmp_path / "other", "--seed", 1)[0] == 0
