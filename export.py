@@ -6,7 +6,7 @@
     torchscript   model.torchscript.pt   what most courses use; PyTorch has deprecated it in favour of torch.export
     pt2           model.pt2              torch.export: the graph as data, the way PyTorch goes on
     onnx          model.onnx             for ONNX Runtime and many others, and the fastest of these on a CPU
-    int8          model.int8.onnx        the same with weights and activations of 8 bits, a quarter of the size
+    int8          model.int8.onnx        the same with weights and activations of 8 bits, a third of the size
 
 The last two need the packages in requirements-onnx.txt. All take float images (N, 3, S, S), normalised as report.json says, and give
 logits (N, classes); with --with-preprocessing they take uint8 images (N, channels, S, S) and give probabilities. Every file
@@ -114,9 +114,9 @@ def export_onnx(network, example, path, about, _):
 def export_int8(network, example, path, about, calibration):
     """ONNX with 8-bit integers: static quantisation after training (Jacob et al., arXiv:1712.05877, §2 and §3).
 
-    A number r is kept as q = round(r / scale) + zero, the scale of a weight being that of its output channel, and the scale of an
-    activation the range that it has on the `calibration` images: "static", since it is fixed here. ReLU6 has
-    bounded that range already (§4 of the paper). Weights are unsigned, too: CPUs without VNNI add up products of signed and unsigned
+    A number r is kept as q = round(r / scale) + zero, cut to 0..255. The scale is a 255th of a range: for weights that of their output
+    channel, for activations what they reach on the `calibration` images ("static": it is fixed here), 0..6 at most behind a ReLU6,
+    which the paper chose for this (§4), and whatever it may be behind the linear projections. Weights are unsigned, too: CPUs without VNNI add up products of signed and unsigned
     numbers in 16 bits, which overflow, and a bit less for the weights costs more than an offset.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -203,10 +203,10 @@ def measure_afresh(*arguments):
 
 def find_fault(name, result, images):
     """Why a file must not be shipped, or None."""
-    if result["batch_difference"] > TOLERANCE:
+    if not result["batch_difference"] <= TOLERANCE:  # NaN neither
         return "its outputs depend on the size of the batch"
     if name == "int8" and (lost := result["accuracy_lost"]) > LOST and round(lost * images) > 1:
-        return f"it gets {lost:.1%} more of the images wrong than the network"
+        return f"it gets {round(lost * images)} more of {images} images wrong than the network"
     if name != "int8" and not result["largest_difference"] < TOLERANCE:
         return f"its outputs differ by up to {result['largest_difference']:.1e}"
 
@@ -228,6 +228,8 @@ def main():
     text = "uint8 images in, probabilities out: no normalisation to get wrong"
     parser.add_argument("--with-preprocessing", action="store_true", help=text)
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        raise data.DataError(f"--out {args.out} is a file: name a folder")
     model, checkpoint, dataset, split, split_name = load_for_evaluation(args, "cpu")
     preprocessing, threads = {"crop": 0.875} | checkpoint["preprocessing"], torch.get_num_threads()
     channels = preprocessing["channels"] if args.with_preprocessing else None
@@ -235,8 +237,8 @@ def main():
     if args.with_preprocessing:
         plain, folded = (Whole(network, preprocessing).eval() for network in (plain, folded))
     folded = folded.to(memory_format=torch.channels_last)
-    about = {"classes": checkpoint["classes"], "preprocessing": preprocessing}
-    report = {"checkpoint": args.checkpoint, **about, "with_preprocessing": args.with_preprocessing}
+    about = {"classes": checkpoint["classes"], "preprocessing": preprocessing, "with_preprocessing": args.with_preprocessing}
+    report = {"checkpoint": args.checkpoint, **about}
     report |= {"verified_on": f"{len(split)} images of {args.data} ({split_name})", "threads": threads, "formats": {}}
     about = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
 
@@ -266,14 +268,14 @@ def main():
                 continue
             path = Path(folder, file)
             calibration = ({"input": images.numpy()} for images, _ in input_batches(dataset.train.subset(some), channels))
-            export(folded, example, path, about, calibration)
-            result = {"file": file, "bytes": path.stat().st_size}
             try:
+                export(folded, example, path, about, calibration)
+                result = {"file": file, "bytes": path.stat().st_size}
                 result |= compare(*measure_afresh(load, path, replace(split), channels, threads))
                 print(format_row(name, result), flush=True)
                 fault = find_fault(name, result, len(split))
-            except Exception as error:  # whatever a runtime raises for a file that it does not like
-                fault = f"it cannot be run ({type(error).__name__}: {error})"
+            except Exception as error:  # whatever an exporter or a runtime raises for what it does not like
+                fault = f"it cannot be made or run ({type(error).__name__}: {error})"
             if fault:
                 (args.out / file).unlink(missing_ok=True)  # an older one would be of another network
                 faults.append(f"{file}: {fault}")
@@ -286,6 +288,9 @@ def main():
         data.warn(f"export.py: not written, for {'; '.join(faults)}")
         sys.exit(1)
     written = [result["file"] for result in report["formats"].values()]
+    old = [file for file, *_ in FORMATS.values() if file not in written and (args.out / file).exists()]
+    if old:
+        data.warn(f"{', '.join(old)} in {args.out} from an earlier export: report.json and labels.txt do not speak of them")
     print(f"wrote {', '.join([*written, 'labels.txt', 'report.json'])} to {args.out}")
 
 

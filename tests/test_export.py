@@ -226,7 +226,7 @@ def test_a_file_that_differs_is_deleted_and_named_and_the_others_are_written(sma
     (tmp_path / "wrong.pt").write_bytes(b"of an earlier network")
     code, out, err = call(export, "--checkpoint", small, "--out", tmp_path)
     assert code == 1 and err.startswith("export.py: not written, for wrong.pt: its outputs differ by up to ")
-    assert "; unreadable.pt: it cannot be run (ZeroDivisionError: division by zero)" in err and len(err.splitlines()) == 1
+    assert "; unreadable.pt: it cannot be made or run (ZeroDivisionError: division by zero)" in err and len(err.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"model.torchscript.pt", "labels.txt", "report.json"}
     assert list(json.loads((tmp_path / "report.json").read_text())["formats"]) == ["torchscript"]
 
@@ -237,6 +237,9 @@ def test_without_the_extra_packages_a_line_says_how_and_the_others_are_written(s
     assert code == 0
     assert err == "no onnx, for lack of onnx, onnxscript, onnxruntime: pip install -r requirements-onnx.txt\n"
     assert {path.name for path in tmp_path.iterdir()} == {"model.torchscript.pt", "labels.txt", "report.json"}
+    (tmp_path / "model.onnx").write_bytes(b"old")
+    _, _, err = call(export, "--checkpoint", small, "--out", tmp_path, "--formats", "torchscript")
+    assert err.startswith("model.onnx in ") and "from an earlier export" in err
 
 
 def test_photos_of_any_starting_point_are_exported(tmp_path, call, here, monkeypatch):
@@ -258,6 +261,9 @@ def test_photos_of_any_starting_point_are_exported(tmp_path, call, here, monkeyp
 def test_bad_input_ends_in_one_line(tmp_path, call):
     code, _, err = call(export, "--checkpoint", tmp_path / "nothing.pt", "--out", tmp_path / "out")
     assert code == 2 and len(err.splitlines()) == 1 and "nothing.pt" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = call(export, "--checkpoint", tmp_path / "nothing.pt", "--out", tmp_path / "file")
+    assert (code, err) == (2, f"export.py: --out {tmp_path / 'file'} is a file: name a folder\n")
 
 
 def test_a_full_disk_leaves_the_old_export(small, tmp_path, call, here, monkeypatch):
