@@ -277,9 +277,9 @@ def load_for_evaluation(args, device):
         checkpoint["classes"] = there
     known = name_classes(checkpoint)
     if known != there:
-        only = [", ".join([name for name in names if name not in others][:3]) for names, others in ((known, there), (there, known))]
-        counts = f"'{args.checkpoint}' knows {count} classes ({only[0]}, ...), '{args.data}' has {len(there)} ({only[1]}, ...)"
-        raise data.DataError(f"{counts}: name the data it was trained on with --data")
+        knows, has = (", ".join(names[:3]) for names in (known, there))
+        counts = f"'{args.checkpoint}' knows {count} classes ({knows}, ...), '{args.data}' has {len(there)} ({has}, ...)"
+        raise data.DataError(f"{counts}: name the data it was trained on with --data, or fine-tune it on these")
     model = load_pretrained(checkpoint).to(device, memory_format=data.memory_format(device))
     return model, checkpoint, dataset, *((dataset.test, "test") if dataset.test else (dataset.val, "val"))
 

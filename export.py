@@ -10,7 +10,7 @@
 
 The last two need the packages in requirements-onnx.txt. All take float images (N, 3, S, S), normalised as report.json says, and give
 logits (N, classes); with --with-preprocessing they take uint8 images (N, channels, S, S) and give probabilities. Every file
-is read back in a fresh process and must say of all test images what the network says.
+is read back in a fresh process and must say of all test images what the network says; int8 may miss a few.
 """
 
 import copy
