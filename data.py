@@ -625,8 +625,7 @@ class FolderSplit(Split):
     def __getitems__(self, work):
         """What a worker process does for a batch: (epoch or None, indices) -> uint8 (N, C, S, S), (N,)."""
         epoch, indices = work
-        size, channels = (self.preprocessing[key] for key in ("image_size", "channels"))
-        crop = self.preprocessing.get("crop", 0.875)  # weights in torchvision's names do not say
+        size, channels, crop = (self.preprocessing[key] for key in ("image_size", "channels", "crop"))
         transform, images = photo_transform(size, epoch is not None, crop), []
         try:
             with torch.random.fork_rng(devices=[]):
@@ -680,8 +679,9 @@ def list_folder(root, damaged):
     return classes, numpy.array(paths), torch.tensor(labels)
 
 
-def load_pictures(places, **common):
+def load_pictures(places, preprocessing, **common):
     """The images in files and folders as a split, the labels being 0. Raises DataError where there is none."""
+    preprocessing = PREPROCESSING["flowers"] | preprocessing  # as in load_data: keys that are not given are those of photos
     damaged, paths = [], []
     for place in places:
         if not place.exists():
@@ -693,7 +693,7 @@ def load_pictures(places, **common):
             paths.append(place)
     report_damaged(damaged)
     labels = torch.zeros(len(paths), dtype=torch.long)
-    return FolderSplit(images=numpy.array(paths), labels=labels, seed=0, **common)
+    return FolderSplit(images=numpy.array(paths), labels=labels, seed=0, preprocessing=preprocessing, **common)
 
 
 def report_damaged(damaged):

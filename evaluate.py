@@ -243,14 +243,20 @@ def write_table(path, rows):
     write_file(path, text.getvalue().encode())
 
 
+def likeliest(logits, classes):
+    """The three likeliest classes of each image, (N, C) -> N lists of (name, confidence)."""
+    confidences, guesses = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
+    rows = zip(guesses.tolist(), confidences.tolist(), strict=True)
+    return [[(classes[guess], confidence) for guess, confidence in zip(*row, strict=True)] for row in rows]
+
+
 def write_predictions(path, split, logits, classes):
     """A line an image, in the order of the split: its name, its class where that is known, the three likeliest ones."""
-    confidences, guesses = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
     header = ["image", "true", "predicted", "confidence", "second", "confidence_2", "third", "confidence_3"]
-    table = [header[: 2 + 2 * guesses.shape[1]]]
-    for index, (label, *row) in enumerate(zip(split.labels.tolist(), guesses.tolist(), confidences.tolist(), strict=True)):
-        pairs = [(classes[guess], f"{confidence:.6f}") for guess, confidence in zip(*row, strict=True)]
-        table.append([split.name(index), "" if label == UNKNOWN else classes[label], *chain.from_iterable(pairs)])
+    table = [header[: 2 + 2 * min(3, len(classes))]]
+    for index, (label, named) in enumerate(zip(split.labels.tolist(), likeliest(logits, classes), strict=True)):
+        cells = chain.from_iterable((name, f"{confidence:.6f}") for name, confidence in named)
+        table.append([split.name(index), "" if label == UNKNOWN else classes[label], *cells])
     write_table(path, table)
 
 
@@ -347,10 +353,8 @@ def classify(args, device):
     written = ["images.csv", *plot_predictions(args.out / "images.png", split, logits, classes, title, first)]
     looked = first[:16] if args.explain else first[:0]
     written += plot_predictions(args.out / "images-explanation.png", split, logits, classes, EXPLANATION, looked, model)
-    confidences, guesses = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
-    for index, row in enumerate(zip(guesses.tolist(), confidences.tolist(), strict=True)):
-        named = [f"{classes[guess]} {confidence:.1%}" for guess, confidence in zip(*row, strict=True)]
-        print(f"{split.name(index)}: {', '.join(named)}")
+    for index, named in enumerate(likeliest(logits, classes)):
+        print(f"{split.name(index)}: {', '.join(f'{name} {confidence:.1%}' for name, confidence in named)}")
     return written
 
 

@@ -36,6 +36,7 @@ from mobilenetv2 import CheckpointError, write_file
 
 TOLERANCE = 1e-4  # of an output of a float format
 LOST = 0.005  # share of the images that int8 may get wrong and the network does not; a single one is forgiven
+BATCH = ({0: torch.export.Dim("batch", min=1)},)  # for torch.export: the first dimension of the first input may have any size
 CALIBRATION = 256  # training images that show int8 how large activations become
 warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation is told above
 warnings.filterwarnings("ignore", "No complete tensor found")  # torch.export's, of weights with channels last
@@ -94,7 +95,7 @@ def export_torchscript(network, example, path, about, _):
 
 def export_pt2(network, example, path, about, _):
     """torch.export: the graph of the network, with the size of the batch left open."""
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(network, (example,), dynamic_shapes=BATCH)
     torch.export.save(program, path, extra_files={f"{key}.json": text for key, text in about.items()})
 
 
@@ -102,9 +103,8 @@ def export_onnx(network, example, path, about, _):
     """ONNX, by way of torch.export, with "input" and "logits" (or "probabilities") as names."""
     import onnx
 
-    shapes, output = ({0: torch.export.Dim("batch", min=1)},), "probabilities" if isinstance(network, Whole) else "logits"
-    names = {"input_names": ["input"], "output_names": [output]}
-    model = torch.onnx.export(network, (example,), dynamo=True, verbose=False, dynamic_shapes=shapes, **names).model_proto
+    names = {"input_names": ["input"], "output_names": ["probabilities" if isinstance(network, Whole) else "logits"]}
+    model = torch.onnx.export(network, (example,), dynamo=True, verbose=False, dynamic_shapes=BATCH, **names).model_proto
     for key, text in about.items():
         model.metadata_props.add(key=key, value=text)
     onnx.checker.check_model(model)
@@ -114,10 +114,11 @@ def export_onnx(network, example, path, about, _):
 def export_int8(network, example, path, about, calibration):
     """ONNX with 8-bit integers: static quantisation after training (Jacob et al., arXiv:1712.05877, §2 and §3).
 
-    A number r is kept as q = round(r / scale) + zero, cut to 0..255. The scale is a 255th of a range: for weights that of their output
-    channel, for activations what they reach on the `calibration` images ("static": it is fixed here), 0..6 at most behind a ReLU6,
-    which the paper chose for this (§4), and whatever it may be behind the linear projections. Weights are unsigned, too: CPUs without VNNI add up products of signed and unsigned
-    numbers in 16 bits, which overflow, and a bit less for the weights costs more than an offset.
+    A number r is kept as q = round(r / scale) + zero, cut to 0..255. The scale is a 255th of a range: for weights that of their
+    output channel, for activations what they reach on the `calibration` images ("static": it is fixed here), 0..6 at most
+    behind a ReLU6, which the paper chose for this (§4), and whatever it may be behind the linear projections. Weights are
+    unsigned like the activations: CPUs without VNNI add up products of unsigned and signed numbers in 16 bits, which overflow
+    unless the weights have 7 bits only, and those lost images that 8 unsigned bits do not.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -146,11 +147,12 @@ def load_onnx(path):
     return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
 
 
+ONNX = ("onnx", "onnxscript", "onnxruntime")
 FORMATS = {  # file, how it is written, how it is read, packages beside those in requirements.txt
     "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load, ()),
     "pt2": ("model.pt2", export_pt2, load_pt2, ()),
-    "onnx": ("model.onnx", export_onnx, load_onnx, ("onnx", "onnxscript", "onnxruntime")),
-    "int8": ("model.int8.onnx", export_int8, load_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "onnx": ("model.onnx", export_onnx, load_onnx, ONNX),
+    "int8": ("model.int8.onnx", export_int8, load_onnx, ONNX),
 }
 
 # -------------------------------------------------------------------------------------------- the verification
@@ -211,14 +213,14 @@ def find_fault(name, result, images):
         return f"its outputs differ by up to {result['largest_difference']:.1e}"
 
 
+ROW = "{:<12} {:<21} {:>6} {:>7} {:>8} {:>9} {:>9} {:>11} {:>9}".format
+
+
 def format_row(name, result):
     file, size = result.get("file", "-"), f"{result['bytes'] / 1e6:.2f}" if "bytes" in result else "-"
     numbers = [f"{result['load_seconds']:.2f}", f"{result['latency_ms']:.2f}", f"{result['images_per_second']:.0f}"]
     numbers += [f"{result['accuracy']:.2%}", f"{result['largest_difference']:.1e}", f"{result['agreement']:.2%}"]
     return ROW(name, file, size, *numbers)
-
-
-ROW = "{:<12} {:<21} {:>6} {:>7} {:>8} {:>9} {:>9} {:>11} {:>9}".format
 
 
 def main():
@@ -231,7 +233,7 @@ def main():
     if args.out.exists() and not args.out.is_dir():
         raise data.DataError(f"--out {args.out} is a file: name a folder")
     model, checkpoint, dataset, split, split_name = load_for_evaluation(args, "cpu")
-    preprocessing, threads = {"crop": 0.875} | checkpoint["preprocessing"], torch.get_num_threads()
+    preprocessing, threads = dataset.preprocessing, torch.get_num_threads()
     channels = preprocessing["channels"] if args.with_preprocessing else None
     plain, folded = model.to(memory_format=torch.contiguous_format), fold_batch_norm(model)
     if args.with_preprocessing:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from PIL import Image
+from test_data import write_image
 
 import finetune
 import train
@@ -53,8 +53,7 @@ def test_few_labels_ends_in_one_line_when_a_run_fails_or_nothing_is_there(traine
 
 def test_resnet18_goes_through_the_same_two_stages(tmp_path, call, monkeypatch):
     for name in ("cat/1", "cat/2", "cat/3", "dog/1", "dog/2", "dog/3"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (20, 16)).save(tmp_path / f"{name}.png")
+        write_image(tmp_path / f"{name}.png", (0, 0, 0))
     monkeypatch.setattr(resnet18, "learn_letters", lambda *_: None)  # 20 seconds
     options = ("--data", tmp_path, "--image-size", 8, "--head-epochs", 1, "--epochs", 1)
     code, out, _ = call(resnet18, *options)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from conftest import SMALL, call_script
+from test_train import same
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -382,19 +383,6 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(kind, start, tmp_path, call)
     assert len(err.splitlines()) == 1 and err.startswith("finetune.py: ")
 
 
-def assert_equal(first, second):
-    """Of dicts, lists and tensors, to the bit."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict | list):
-        assert len(first) == len(second)
-        for key in first if isinstance(first, dict) else range(len(first)):
-            assert_equal(first[key], second[key])
-    else:
-        assert first == second
-
-
 def test_a_run_on_photos_that_was_interrupted_goes_on_to_the_same_bits(start, tmp_path, call, monkeypatch):
     """In the first epoch of either stage, so that features and views which the interrupted run had are computed again."""
     colours = torch.randint(256, (2, 6, 3, 24, 24), dtype=torch.uint8)
@@ -423,8 +411,8 @@ def test_a_run_on_photos_that_was_interrupted_goes_on_to_the_same_bits(start, tm
         code, _, error = call(finetune, *command, "--out", folder, "--resume", "--views", 2)
         assert code == 2 and "was made with --views 3" in error
         assert call(finetune, *command, "--out", folder, "--resume")[0] == 0
-        assert_equal(torch.load(folder / "last.pt"), torch.load(tmp_path / "whole" / "last.pt"))
-        assert_equal(torch.load(folder / "best.pt"), torch.load(tmp_path / "whole" / "best.pt"))
+        for name in ("last.pt", "best.pt"):
+            assert same(torch.load(folder / name), torch.load(tmp_path / "whole" / name)), name
 
 
 def test_the_order_of_kept_views_is_that_of_the_seed_and_stage_head_has_its_weight_decay(start, tmp_path, call, monkeypatch):

@@ -372,6 +372,8 @@ def start(*arguments, launcher=()):
 
 def same(first, second):
     """Whether two checkpoints hold the same, tensors bit for bit."""
+    if type(first) is not type(second):
+        return False
     if isinstance(first, dict):
         return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list):
