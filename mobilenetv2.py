@@ -3,8 +3,8 @@
     Sandler, Howard, Zhu, Zhmoginov, Chen: "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
     CVPR 2018, https://arxiv.org/abs/1801.04381 ("the paper" in every comment below)
 
-Read in this order: `BOTTLENECKS` (Table 2), `InvertedResidual` (Table 1), `MobileNetV2`. After the network come the weight
-names (torchvision's and ours), the checkpoints, and the counting of parameters and multiply-adds.
+Read in this order: `BOTTLENECKS` (Table 2), `InvertedResidual` (Table 1, §3.1 to §3.3), `MobileNetV2` (§4). After the network
+come the weight names (torchvision's and ours), the checkpoints, and the counting of parameters and multiply-adds (Table 4).
 
 This file stands alone: copy it into another project as it is. It needs torch, and torchvision only to
 find the address of the ImageNet weights.
@@ -28,7 +28,8 @@ import torch
 from torch import nn
 
 # Table 2 of the paper, the rows between the first and the last convolution. Each row is a group of n inverted
-# residuals; only the first one of a group has the stride s and changes the number of channels.
+# residuals; only the first one of a group has the stride s and changes the number of channels. (The first version on arXiv had the
+# stride 2 of the row of 64 in that of 96: 416 million multiply-adds, where the text has 300. Copies of it are still around.)
 #   t: expansion, how many times wider the block is inside than at its ends
 #   c: output channels
 #   n: how many blocks
@@ -79,7 +80,7 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     """Convolution, batch normalisation and, unless `activation` is False, ReLU6: (N, in, H, W) -> (N, out, H/s, W/s).
 
     The convolution has no bias: the normalisation that follows would subtract it again and adds its own.
-    ReLU6 is min(max(x, 0), 6): a bounded range survives low-precision arithmetic (§4 of the paper).
+    ReLU6 is min(max(x, 0), 6): what lies in a known range can be told in 8 bits, and rounds little (§4 of the paper).
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels))
@@ -96,10 +97,13 @@ class InvertedResidual(nn.Module):
         h × w × tk         3×3 depthwise, stride s, ReLU6    h/s × w/s × tk  .depthwise
         h/s × w/s × tk     1×1 convolution, linear       h/s × w/s × k'      .project
 
+    Depthwise separable (§3.1): in a dense 3×3 convolution each output channel has a filter for each input channel, 9 · k · k'
+    multiply-adds a pixel. One filter a channel and then a 1×1 convolution that mixes them cost k · (9 + k'), 8 to 9 times less.
     Inverted (§3.3): a ResNet's shortcut joins the wide ends of a block that is narrow inside; here it joins the
     narrow ends of a block that is wide inside, so that what must be kept in memory between blocks is small.
     Linear (§3.2): no activation after the projection. ReLU sets every negative value to zero: among many
     channels the others still carry the information, among the few channels of a bottleneck it is lost.
+    (experiments/ablation.py takes the last two away and measures.)
 
     Args: in_channels k, out_channels k', stride s (1 or 2), expansion t. Shape: (N, k, H, W) -> (N, k', H/s, W/s).
     """
@@ -111,7 +115,7 @@ class InvertedResidual(nn.Module):
         wide = in_channels * expansion
         # t = 1 (the first block only) would expand nothing: as in both reference implementations it has no expansion.
         self.expand = nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1)
-        # One 3×3 filter per channel (groups = channels): 9 · tk multiply-adds per pixel instead of 9 · tk · tk.
+        # groups = channels: one 3×3 filter for each.
         self.depthwise = convolution(wide, wide, 3, stride, groups=wide)
         self.project = convolution(wide, out_channels, 1, activation=False)
         self.use_residual = stride == 1 and in_channels == out_channels
@@ -133,7 +137,8 @@ class MobileNetV2(nn.Module):
         num_classes: outputs of the classifier.
         width_mult: the width multiplier (§4 of the paper), 0 < width_mult <= 4: scales the channels of every layer,
             except that the head keeps its 1280 below 1.0 ("for multipliers less than one, we apply width multiplier
-            to all layers except the very last convolutional layer. This improves performance for smaller models", §4).
+            to all layers except the very last convolutional layer. This improves performance for smaller models", §4): as
+            many classes need as many features, however thin what computes them.
         dropout: probability in front of the classifier; 0.2 as in torchvision. The paper does not give one.
         output_stride: 32 (the paper), 16 or 8: image size over size of the last feature map. Of 32 pixels, 16 leaves 2 × 2
             and 8 leaves 4 × 4, for 3.5 times the multiply-adds. The weights have the same shapes whatever it is.
