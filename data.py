@@ -568,16 +568,14 @@ def find_damage(path):
 
 
 def find_damages(paths):
-    """`find_damage` of each file, by all cores; each process of torchrun takes its share of the files."""
+    """{path: why it cannot be used}, by all cores; each process of torchrun checks its share of the files."""
     rank, count = processes()
+    share = paths[rank::count]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        shares = [list(threads.map(find_damage, paths[rank::count]))] * count
+        shares = [dict(zip(share, threads.map(find_damage, share), strict=True))] * count
     if count > 1:
         distributed.all_gather_object(shares, shares[rank])
-    damages = [None] * len(paths)
-    for rank, share in enumerate(shares):
-        damages[rank::count] = share
-    return damages
+    return {path: damage for share in shares for path, damage in share.items() if damage}
 
 
 def photo_transform(size, training, crop=0.875):
@@ -642,27 +640,28 @@ def is_hidden(path, root):
     return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
 
-def find_images(folder, root, damaged):
-    """Sorted paths of the images below `folder` that can be read. The others are added to `damaged`, a line each.
+def find_images(folder):
+    """Sorted paths of the images below `folder`. Those that cannot be read are left out and named in one line.
 
-    What is hidden below `root`, and what is no image, is passed over. Raises DataError when there is none.
+    What is hidden, and what is no image, is passed over. Raises DataError when there is none.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [path for path in files if not is_hidden(path, root) and (path.is_file() or path.is_symlink())]
+    files = [path for path in files if not is_hidden(path, folder) and not path.is_dir()]
     damages = find_damages(files)
-    new = [f"'{path}' ({damage})" for path, damage in zip(files, damages, strict=True) if damage]
-    damaged += new
-    if len(new) == len(files):
+    named = [f"'{path}' ({damage})" for path, damage in damages.items()]
+    if len(damages) == len(files):
         mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
-        raise DataError(f"no image in '{folder}' that can be read ({', '.join([f'{len(files)} found', *new[:1]])}): {mend}")
-    return [path for path, damage in zip(files, damages, strict=True) if not damage]
+        raise DataError(f"no image in '{folder}' that can be read ({', '.join([f'{len(files)} found', *named[:1]])}): {mend}")
+    if damages:
+        more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+        warn(f"{len(named)} unreadable image{'s' * (len(named) > 1)} left out: {', '.join(named[:10])}{more}")
+    return [path for path in files if path not in damages]
 
 
-def list_folder(root, damaged):
+def list_folder(root):
     """Classes and images of root/<class>/...: (sorted class names, sorted paths (N,), labels (N,)).
 
-    Images that cannot be read are left out and added to the list `damaged`. Raises DataError for a class without images, and
-    for less than two classes.
+    Raises DataError for a class without images, and for less than two classes.
     """
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry, root)]
     # Some systems write é, or 한, as several characters: normalised, a class has one name on all of them.
@@ -671,37 +670,25 @@ def list_folder(root, damaged):
     if len(set(classes)) < 2 or len(set(classes)) < len(classes):
         found = f"'{root}' has {len(classes)} class folders ({', '.join(classes[:5])})"
         raise DataError(f"{found}: it needs at least two, of different names, with the images of a class each")
-    paths, labels = [], []
-    for label, (_, folder) in enumerate(folders):
-        new = find_images(folder, root, damaged)
-        paths += new
-        labels += [label] * len(new)
-    return classes, numpy.array(paths), torch.tensor(labels)
+    paths = [find_images(folder) for _, folder in folders]
+    counts = torch.tensor([len(images) for images in paths])
+    return classes, numpy.concatenate(paths), torch.arange(len(classes)).repeat_interleave(counts)
 
 
 def load_pictures(places, preprocessing, **common):
     """The images in files and folders as a split, the labels being 0. Raises DataError where there is none."""
     preprocessing = PREPROCESSING["flowers"] | preprocessing  # as in load_data: keys that are not given are those of photos
-    damaged, paths = [], []
+    paths = []
     for place in places:
         if not place.exists():
             raise DataError(f"there is no '{place}': name an image, or a folder of some")
         if place.is_dir():
-            paths += find_images(place, place, damaged)
+            paths += find_images(place)
         else:
             open_image(place, channels=3, size=1)
             paths.append(place)
-    report_damaged(damaged)
     labels = torch.zeros(len(paths), dtype=torch.long)
     return FolderSplit(images=numpy.array(paths), labels=labels, seed=0, preprocessing=preprocessing, **common)
-
-
-def report_damaged(damaged):
-    """One line for all images that are left out."""
-    if damaged:
-        more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
-        count = f"{len(damaged)} unreadable image{'s' * (len(damaged) > 1)} left out"
-        warn(f"{count}: {', '.join(damaged[:10])}{more}")
 
 
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
@@ -731,15 +718,13 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
 
 def load_folder(root, common):
     """Class folders, in train, val and test folders or not. Without `val`, a fifth of each class of `train` validates."""
-    damaged = []
     there = [path for path in root.iterdir() if path.is_dir()]
     folders = {PARTS[path.name.lower()]: path for path in there if path.name.lower() in PARTS}
     if "train" not in folders:
         if folders and len(folders) == len(there):
             raise DataError(f"'{root}' has {' and '.join(sorted(folders))} but no train: rename or add that folder")
         folders = {"train": root}
-    found = {split: list_folder(path, damaged) for split, path in folders.items()}
-    report_damaged(damaged)
+    found = {split: list_folder(path) for split, path in folders.items()}
     classes = found["train"][0]
     for split, (others, _, _) in found.items():
         if others != classes:
@@ -768,9 +753,7 @@ def copy_split(source, target, shares, seed):
         raise DataError(f"--val and --test take {sum(shares):g} of the images: leave some to train on")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"'{target}' is not empty: name a new folder, or empty it")
-    damaged = []
-    classes, paths, labels = list_folder(source, damaged)
-    report_damaged(damaged)
+    classes, paths, labels = list_folder(source)
     parts = split_folder(source, paths, labels, shares, salt=f"{seed} ")
     parts = dict(zip(("train", "val", "test"), parts, strict=True))
     with new_folder(target) as folder:

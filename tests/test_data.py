@@ -349,10 +349,11 @@ def test_processes_share_the_check_of_the_images(folder, monkeypatch):
     paths = sorted(folder.rglob("*.jpg"))
     paths[4].write_bytes(b"")
     alone = data.find_damages(paths)
-    assert [index for index, damage in enumerate(alone) if damage] == [4]
+    assert [*alone] == [paths[4]]
 
     def gather(shares, own):
-        shares[:] = [alone[0::3], own, alone[2::3]]
+        assert [*own] == paths[1::3]
+        shares[:] = [dict.fromkeys(paths[0::3]), own, dict.fromkeys(paths[2::3])]
 
     monkeypatch.setattr(data, "processes", lambda: (1, 3))
     monkeypatch.setattr(data.distributed, "all_gather_object", gather)
