@@ -23,7 +23,6 @@ import os
 import shlex
 import shutil
 import signal
-import struct
 import sys
 import tarfile
 import tempfile
@@ -460,10 +459,9 @@ def read_mnist(kind, data_dir):
     """Training and test part, each (uint8 (N, 1, 28, 28), int64 (N,)), from data_dir or torchvision's folder in it."""
 
     def find(file):
-        names = (file, file.replace("-idx", ".idx"))  # the second as on Kaggle
+        names = [name + ending for name in (file, file.replace("-idx", ".idx")) for ending in ("", ".gz")]  # .idx: on Kaggle
         paths = [place / name for place in (data_dir / kind.__name__ / "raw", data_dir) for name in names]
-        paths = [path.with_name(path.name + ending) for path in paths for ending in ("", ".gz")]
-        return next((path for path in paths if path.is_file()), None)
+        return next(filter(Path.is_file, paths), None)
 
     if not all(map(find, IDX_FILES)):
         kind(data_dir, download=True)
@@ -478,14 +476,11 @@ def read_mnist(kind, data_dir):
 def read_idx(path):
     """An array of LeCun's IDX format: two zeros, 8 for uint8, number of dimensions, their sizes (big-endian), bytes."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            contents = file.read()
-        if contents[:3] != b"\0\0\x08":
-            raise ValueError("no IDX file of bytes")
-        start = 4 + 4 * contents[3]
-        shape = struct.unpack(f">{contents[3]}I", contents[4:start])
-        return torch.from_numpy(numpy.frombuffer(contents, numpy.uint8, offset=start).reshape(shape).copy())
-    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
+        contents = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        shape = numpy.frombuffer(contents, ">u4", count=contents[3], offset=4)
+        array = numpy.frombuffer(contents, numpy.uint8, offset=4 + shape.nbytes).reshape(shape)
+        return torch.from_numpy(array.copy())
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(f"'{path}' is damaged ({error}): delete it and fetch it again") from error
 
 
