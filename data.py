@@ -67,16 +67,13 @@ class DataError(ValueError):
 
 @dataclass
 class Data:
-    """A data set: class names in the order of the labels, how images become tensors, and its splits.
-
-    A folder without a test split has test = None.
-    """
+    """A data set: class names in the order of the labels, how images become tensors, and its splits."""
 
     classes: list
     preprocessing: dict
     train: "Split"
     val: "Split"
-    test: "Split | None"
+    test: "Split | None" = None  # a folder may have none
 
 
 def load_data(
@@ -114,7 +111,7 @@ def load_data(
         few = splits["train"].subset(choose_per_class(splits["train"].labels, classes, per_class, seed))
         # An epoch keeps its size: fewer images are shown more often, and few or many labels take as many steps.
         splits["train"] = replace(few, repeats=max(splits["train"].epoch_size() // len(few), 1))
-    return Data(classes, preprocessing, splits["train"], splits["val"], splits.get("test"))
+    return Data(classes, preprocessing, **splits)
 
 
 def choose_per_class(labels, classes, per_class, seed):
@@ -264,10 +261,7 @@ def resize(images, size):
 
 def resize_all(images, size):
     """(N, C, H, W) -> uint8 (N, C, size, size), some at a time, for the memory's sake."""
-    resized = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
-    for some, place in zip(images.split(1024), resized.split(1024), strict=True):
-        place.copy_(resize(some, size).round())
-    return resized
+    return torch.cat([resize(some, size).round().byte() for some in images.split(1024)])
 
 
 def crop_and_flip(images, size, generator):
@@ -691,24 +685,22 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
 
     The hash of the path below `root` stays when the folder is listed in another order, is moved, or gets more files.
     Another `salt` gives another split; while loading there is none, so that no script ever validates on what another
-    one trained on. shares: of each class, for all parts but the first. Returns index tensors, training first.
+    one trained on. shares: of each class, for all parts but training. Returns index tensors, training last.
     """
 
     def rank(index):
         name = unicodedata.normalize("NFC", paths[index].relative_to(root).as_posix())
         return hashlib.sha256(f"{salt}{name}".encode()).digest()
 
-    parts = [[] for _ in range(1 + len(shares))]
+    parts = []  # of each class, as many index tensors
     for label in labels.unique():
         indices = sorted((labels == label).nonzero().flatten().tolist(), key=rank)
         counts = [max(round(len(indices) * share), 1) if share else 0 for share in shares]
-        if sum(counts) >= len(indices):
+        rest = len(indices) - sum(counts)
+        if rest < 1:
             raise DataError(f"{len(indices)} images in the class of '{paths[indices[0]]}': too few to split, add some")
-        for part, count in zip(parts[1:], counts, strict=True):
-            part += indices[:count]
-            del indices[:count]
-        parts[0] += indices
-    return [torch.tensor(sorted(part), dtype=torch.long) for part in parts]
+        parts.append(torch.tensor(indices).split([*counts, rest]))
+    return [torch.cat(part).sort().values for part in zip(*parts, strict=True)]
 
 
 def load_folder(root, common):
@@ -728,7 +720,7 @@ def load_folder(root, common):
     splits = {name: FolderSplit(images=paths, labels=labels, **common) for name, (_, paths, labels) in found.items()}
     if "val" not in splits:
         everything = splits["train"]
-        train, val = split_folder(root, everything.images, everything.labels)
+        val, train = split_folder(root, everything.images, everything.labels)
         splits |= {"train": everything.subset(train), "val": everything.subset(val)}
     splits["train"].repeats = -(-FOLDER_EPOCH // len(splits["train"]))
     return classes, splits
@@ -749,8 +741,8 @@ def copy_split(source, target, shares, seed):
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"'{target}' is not empty: name a new folder, or empty it")
     classes, paths, labels = list_folder(source)
-    parts = split_folder(source, paths, labels, shares, salt=f"{seed} ")
-    parts = dict(zip(("train", "val", "test"), parts, strict=True))
+    val, test, train = split_folder(source, paths, labels, shares, salt=f"{seed} ")
+    parts = {"train": train, "val": val, "test": test}
     with new_folder(target) as folder:
         for part, indices in parts.items():
             for index in indices.tolist():
@@ -800,10 +792,8 @@ def find_fonts(names):
     lacking, families, coverage = set(map(ord, "".join(names))) - set(own.get_charmap()), ["DejaVu Sans"], {}
     fonts = font_manager.findSystemFonts() if lacking else []
     for path in sorted(fonts, key=lambda path: ("LastResort" in path, "Regular" not in path, path)):
-        try:
+        with suppress(OSError, RuntimeError):  # a format that matplotlib does not read
             coverage[path] = lacking & set(font_manager.get_font(path).get_charmap())
-        except (OSError, RuntimeError):
-            pass  # a format that matplotlib does not read
     for path in sorted(coverage, key=lambda path: -len(coverage[path])):
         if lacking & coverage[path]:
             font_manager.fontManager.addfont(path)
@@ -940,12 +930,11 @@ def warn(message):
 def channel_statistics(split):
     """Mean and standard deviation of each channel, of pixels in 0..1: two lists of 3, over the images as they are."""
     plain = replace(split, preprocessing=split.preprocessing | {"mean": [0.0] * 3, "std": [1.0] * 3})
-    sums, squares = torch.zeros(2, 3, dtype=torch.float64)
+    moments = []
     for images, _ in plain.batches():
-        sums += images.mean(dim=(2, 3)).double().sum(dim=0)  # (N, 3, S, S) -> (3,)
-        squares += images.square().mean(dim=(2, 3)).double().sum(dim=0)
-    mean = sums / len(split)
-    return mean.tolist(), (squares / len(split) - mean.square()).clamp(min=0).sqrt().tolist()
+        moments.append(torch.stack([images.mean(dim=(2, 3)), images.square().mean(dim=(2, 3))]))  # (2, N, 3)
+    mean, square = torch.cat(moments, dim=1).double().mean(dim=1)
+    return mean.tolist(), (square - mean.square()).clamp(min=0).sqrt().tolist()
 
 
 def describe(dataset):
