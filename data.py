@@ -1,7 +1,6 @@
 """Every data set as batches that are ready for the network, and what the scripts share beside it.
 
-The walk of one image:  file or array -> uint8 (C, H, W) -> augmentation (training only) -> normalisation
--> float (N, 3, S, S), channels last.
+An image walks: file or array -> uint8 (C, H, W) -> augmentation (training only) -> normalisation -> float (N, 3, S, S).
 
     glyphs                           37 classes of printed letters, drawn here from the fonts that matplotlib carries
     digits                           1,797 handwritten digits of 8 × 8 pixels, in digits.npz beside this file
@@ -46,10 +45,9 @@ from torch.utils.data import DataLoader, default_convert
 from torchvision import datasets
 from torchvision.transforms import v2
 
-# What a network is trained with when it does not start from another one that says so itself (its checkpoint). Mean and
-# deviation are of pixels in 0..1: of augmented glyphs, and taken for digits, too; of all training images of MNIST,
-# Fashion-MNIST and CIFAR-10 at their own size; of ImageNet, for all photos. (`python data.py` measures those of resized images.)
-# crop: the share of an image's shorter side that is shown; of photos the middle 224 of 256, as is customary for ImageNet.
+# What a network is trained with, unless it starts from a checkpoint, which says so itself. Mean and deviation are of pixels
+# in 0..1: of augmented glyphs, for digits, too; of the training images of MNIST, Fashion-MNIST and CIFAR-10 at their own size;
+# of ImageNet, for all photos. crop: the share of an image's shorter side that is shown, 224 / 256 as is customary for ImageNet.
 SMALL = {"image_size": 32, "crop": 1.0, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
 PREPROCESSING = {
     "glyphs": SMALL,
@@ -79,22 +77,16 @@ class Data:
 def load_data(
     name, preprocessing=None, per_class=None, batch_size=128, workers=0, seed=0, device="cpu", data_dir="datasets"
 ):
-    """Load a data set by name or by folder.
+    """The data set `name`, a key of PREPROCESSING or the path of a folder, as Data. Raises DataError.
 
-    Args:
-        name: a key of PREPROCESSING, or the path of a folder.
-        preprocessing: dict whose image_size, mean, std and channels replace those of the data set, so that a
-            trained network sees images as it learned to; keys that are not given keep the data set's own.
-        per_class: keep so many training images of each class, chosen by `seed`.
-        workers: processes that decode photos; data sets in memory need none.
-        seed: decides order, augmentation and the images of `per_class`; equal seeds give equal batches.
-        device: where the batches are made.
-        data_dir: where downloaded data sets lie, or will.
-    Returns Data. Raises DataError.
+    preprocessing: what replaces the data set's own, key by key, so that a trained network sees images as it learned to.
+    per_class: keep so many training images of each class.
+    workers: processes that decode photos; data sets in memory need none.
+    seed: decides order, augmentation and the images of `per_class`; equal seeds give equal batches.
+    device: where the batches are made. data_dir: where downloads lie, or will.
     """
     name, data_dir = str(name), Path(data_dir)
     preprocessing = PREPROCESSING.get(name, PREPROCESSING["flowers"]) | (preprocessing or {})
-    # What all splits of a data set share.
     common = {"preprocessing": preprocessing, "batch_size": batch_size, "seed": seed, "device": device}
     if name == "glyphs":
         classes, splits = load_glyphs(common)
@@ -130,19 +122,15 @@ def choose_per_class(labels, classes, per_class, seed):
 
 
 def memory_format(device):
-    """How a network and its images lie in memory: all channels of a pixel side by side, whatever the shape says.
+    """How a network and its images lie in memory: channels last is fastest, but for gradients on Apple's GPUs.
 
-    That is what convolutions on the CPU and on tensor cores want. On Apple's GPUs their gradients then take 30 times as
-    long (https://github.com/pytorch/pytorch/issues/193349), so there each channel lies in one piece.
+    There they take 30 times as long (https://github.com/pytorch/pytorch/issues/193349).
     """
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def normalise(images, preprocessing):
-    """Images of 0..255 -> float (N, 3, S, S) with about mean 0 and deviation 1, in `memory_format`.
-
-    Grayscale (N, 1, S, S) becomes three equal channels, since the first convolution has three.
-    """
+    """(N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S) with about mean 0 and deviation 1; grey becomes three equal channels."""
     mean = torch.tensor(preprocessing["mean"], device=images.device).view(1, 3, 1, 1) * 255
     deviation = torch.tensor(preprocessing["std"], device=images.device).view(1, 3, 1, 1) * 255
     return (images - mean).div_(deviation).contiguous(memory_format=memory_format(images.device))
@@ -182,10 +170,7 @@ def index_batches(count, batch_size, generator=None):
 
 @dataclass(kw_only=True)
 class Split:
-    """Images and their labels int64 (N,), in batches. What `images` is, and `batches`, stands in the classes below.
-
-    repeats is how often an epoch of training shows each image, augmented anew every time.
-    """
+    """Images and their labels int64 (N,). What `images` is, and `batches`, stands in the classes below."""
 
     images: object
     labels: torch.Tensor
@@ -193,24 +178,21 @@ class Split:
     seed: int
     preprocessing: dict = None
     device: str = "cpu"
-    repeats: int = 1
+    repeats: int = 1  # how often an epoch of training shows each image, augmented anew every time
 
     def __len__(self):
         return len(self.labels)
 
     def epoch_size(self):
-        """Number of images in an epoch of training."""
+        """Images in an epoch of training."""
         return len(self) * self.repeats
 
     def steps(self):
-        """Number of batches in an epoch of training."""
+        """Batches in an epoch of training."""
         return len(index_batches(self.epoch_size(), self.batch_size))
 
     def indices(self, epoch):
-        """Index tensors of the batches: all in order if `epoch` is None, else the epoch's, shuffled and with repeats.
-
-        Of every batch each process takes its share, so that together they see each image once.
-        """
+        """Index tensors of this process's share of each batch: in order if `epoch` is None, else shuffled, with repeats."""
         if epoch is None:
             batches = index_batches(len(self), self.batch_size)
         else:
@@ -227,12 +209,9 @@ class Split:
 
 @dataclass(kw_only=True)
 class ArraySplit(Split):
-    """Images in memory: a tensor uint8 (N, C, H, W).
+    """Images in memory: a tensor uint8 (N, C, H, W)."""
 
-    augment(images uint8 (n, C, H, W), size, generator) -> (n, C, size, size) in 0..255: what training does to a batch.
-    """
-
-    augment: object = None
+    augment: object = None  # for training, a function: (batch of images, size, generator) -> (n, C, size, size) in 0..255
 
     def name(self, index):
         """What to call image `index` in a report: its number."""
@@ -267,9 +246,8 @@ def resize_all(images, size):
 def crop_and_flip(images, size, generator):
     """Shift each image by up to an eighth of its side over a black border, and mirror half of them, at random.
 
-    For clothes, animals and vehicles; 4 of 32 pixels, as in He et al. (arXiv:1512.03385, §4.2) for CIFAR-10. torchvision's
-    transforms would treat the whole batch alike, or take a Python call an image; here each image has its own random
-    numbers and there is no loop. Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
+    4 of 32 pixels, as in He et al. (arXiv:1512.03385, §4.2) for CIFAR-10. torchvision's transforms would treat the whole
+    batch alike, or take a Python call an image. Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
     """
     count, side = len(images), images.shape[-1]
     border = side // 8
@@ -286,9 +264,7 @@ def distort(images, size, generator):
     """Give each image of a batch a new shape, as another hand or another font would have drawn it.
 
     Shift, scale, rotation, shear and a smooth warp are one sampling grid; then stroke width, blur and noise.
-    Everything is done on the whole batch at once: no loop, each image has its own random numbers.
     Never a flip: a mirrored letter is another letter, or none.
-
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images, count = images.float() / 255, len(images)
@@ -313,8 +289,7 @@ def distort(images, size, generator):
     thin = -functional.max_pool2d(-images, 3, stride=1, padding=1)
     images = images + stroke.clamp(min=0) * (thick - images) - stroke.clamp(max=0) * (thin - images)
 
-    # Blur: a share of the picture goes through a quarter of its resolution, as the 8 × 8 digits did; in a third of the
-    # pictures all of it (a number up to 1.5, cut at 1).
+    # Blur: a share of the picture, in a third of them all, goes through a quarter of its resolution, as the 8 × 8 digits did.
     coarse = functional.adaptive_avg_pool2d(images, max(size // 4, 1))
     coarse = functional.interpolate(coarse, size=(size, size), mode="bilinear")
     images = torch.lerp(images, coarse, uniform(1.5, 1, 1, 1).abs().clamp(max=1))
@@ -326,17 +301,15 @@ def distort(images, size, generator):
 
 # ------------------------------------------------------------------------------- glyphs: letters that cost nothing
 
-# The letters of EMNIST's "balanced" set (Cohen et al., arXiv:1702.05373), which takes fifteen small letters and their
-# capitals for one class each: their shapes are too alike.
+# As in EMNIST's "balanced" set (Cohen et al., arXiv:1702.05373): of small letters those whose shape differs from the capital's.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
 
-# matplotlib's text fonts. Computer Modern is another family than all that is trained on, so that validation and test
-# ask for letters and not for fonts that were learned by heart.
-DEJAVU = [f"DejaVu{family}" for family in ("Sans", "SansMono", "Serif")]
+# matplotlib's text fonts. Computer Modern, a family of its own, asks for letters and not for fonts learned by heart.
 GLYPH_FONTS = {
     "train": [
-        *[font + style for font in DEJAVU[:2] for style in ("", "-Bold", "-Oblique", "-BoldOblique")],
-        *[DEJAVU[2] + style for style in ("", "-Bold", "-Italic", "-BoldItalic")],
+        *["DejaVuSans" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")],
+        *["DejaVuSansMono" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")],
+        *["DejaVuSerif" + style for style in ("", "-Bold", "-Italic", "-BoldItalic")],
         *["STIXGeneral" + style for style in ("", "Bol", "Italic", "BolIta")],
     ],
     "val": ["cmr10", "cmmi10"],
@@ -347,7 +320,7 @@ GLYPH_REPEATS = 32  # pictures of each letter in each font: an epoch of training
 
 
 def draw_glyph(character, font):
-    """Draw one letter, white on black, centred, its longer side GLYPH_INK pixels: uint8 (1, 64, 64)."""
+    """A letter, white on black and centred: uint8 (1, 64, 64)."""
     left, top, right, bottom = font.getbbox(character)
     letter = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(letter).text((-left, -top), character, fill=255, font=font)
@@ -390,11 +363,11 @@ def load_digits(common):
     """1,797 digits by 13 writers, the test part of UCI's "Optical Recognition of Handwritten Digits".
 
     E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0, taken from scikit-learn's copy.
-    A 32 × 32 bitmap was cut into 4 × 4 squares and the inked pixels of each were counted: 8 × 8 numbers from 0 to 16.
+    Each of the 8 × 8 numbers counts the inked pixels, 0 to 16, in a 4 × 4 square of a bitmap.
 
-    The file does not name the writers, but its order, kept here, presumably follows them: the second half (899) tests, as in
-    scikit-learn's example, whose support vector machine gets 96.9% of it right. Of the first half every fifth image of each
-    digit (184) validates, by the same writers and so a little too well, and the others (714) train.
+    The order presumably follows the writers, who are not named: the second half (899) tests, as in scikit-learn's example,
+    whose support vector machine gets 96.9% of it right. Of the first half every fifth image of each digit (184) validates,
+    by the same writers and so a little too well, and the others (714) train.
     """
     with numpy.load(DIGITS_FILE, allow_pickle=False) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
