@@ -74,9 +74,7 @@ class Data:
     test: "Split | None" = None  # a folder may have none
 
 
-def load_data(
-    name, preprocessing=None, per_class=None, batch_size=128, workers=0, seed=0, device="cpu", data_dir="datasets"
-):
+def load_data(name, preprocessing=None, per_class=None, batch_size=128, workers=0, seed=0, device="cpu", data_dir="datasets"):
     """The data set `name`, a key of PREPROCESSING or the path of a folder, as Data. Raises DataError.
 
     preprocessing: what replaces the data set's own, key by key, so that a trained network sees images as it learned to.
@@ -395,10 +393,9 @@ IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("
 
 
 def load_published(name, data_dir, common):
-    """Data sets with a training and a test part of their own; the last tenth of the training part validates.
+    """MNIST (LeCun et al., 1998), Fashion-MNIST (Xiao et al., arXiv:1708.07747) or CIFAR-10 (Krizhevsky, 2009).
 
-    MNIST: LeCun, Bottou, Bengio, Haffner, 1998. Fashion-MNIST: Xiao, Rasul, Vollgraf, arXiv:1708.07747. CIFAR-10:
-    Krizhevsky, 2009. torchvision downloads and verifies them; files that are there already are used as they are.
+    torchvision downloads and verifies what is not there. The last tenth of the training part validates.
     """
     kind, augment = PUBLISHED[name]
     try:
@@ -453,8 +450,7 @@ def read_idx(path):
 
 # ------------------------------------------------------------------------------------- flowers: photos, downloaded
 
-# 228,813,984 bytes
-FLOWERS_URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
+FLOWERS_URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"  # 229 MB
 FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 
@@ -466,8 +462,7 @@ def fetch_flowers(data_dir):
     data_dir.mkdir(parents=True, exist_ok=True)
     if not archive.is_file():
         try:
-            # Under another name until it is whole: what an interrupt leaves is never taken for the archive.
-            torch.hub.download_url_to_file(FLOWERS_URL, archive, FLOWERS_SHA256)
+            torch.hub.download_url_to_file(FLOWERS_URL, archive, FLOWERS_SHA256)  # under another name until it is whole
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
             raise DataError(f"no flowers ({error}): fetch {FLOWERS_URL} and put it at '{archive}'") from error
     if hashlib.sha256(archive.read_bytes()).hexdigest() != FLOWERS_SHA256:
@@ -500,8 +495,8 @@ warnings.filterwarnings("ignore", module="PIL")  # of large images and odd EXIF 
 def open_image(path, channels, size):
     """Decode one file: an upright PIL image of 1 channel or 3. Raises DataError if it cannot be read.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves at least twice `size`, since the smallest
-    crop of training is about half a side: photos of 12 megapixels are read three times as fast.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves twice `size`, which the smallest crops of training
+    need: photos of 12 megapixels are read three times as fast.
     """
     try:
         with Image.open(path) as image:
@@ -568,9 +563,8 @@ class FolderSplit(Split):
 
     def batches(self, epoch=None):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
-        # DataLoader hands each element of batch_sampler to __getitems__, in a worker process; default_convert passes the
-        # batch on as it is and, other than a lambda, can be sent to workers that are not forked (Windows, macOS).
-        # The workers stay, and find in the list that they got what the next epoch wants: not forked, each would import torch anew.
+        # DataLoader hands each element of batch_sampler to __getitems__ in a worker process; default_convert leaves the batch as
+        # it is. The list is filled anew for each epoch and the workers stay: on Windows and macOS each would import torch again.
         if self.loader is None:
             stay = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
             stay["generator"] = torch.Generator()  # not the one that dropout draws from: --resume would end in other bits
@@ -603,10 +597,7 @@ def is_hidden(path, root):
 
 
 def find_images(folder):
-    """Sorted paths of the images below `folder`. Those that cannot be read are left out and named in one line.
-
-    What is hidden, and what is no image, is passed over. Raises DataError when there is none.
-    """
+    """Sorted paths of the images below `folder`; what cannot be read is left out and named. Raises DataError if nothing is left."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     files = [path for path in files if not is_hidden(path, folder) and not path.is_dir()]
     damages = find_damages(files)
@@ -621,10 +612,7 @@ def find_images(folder):
 
 
 def list_folder(root):
-    """Classes and images of root/<class>/...: (sorted class names, sorted paths (N,), labels (N,)).
-
-    Raises DataError for a class without images, and for less than two classes.
-    """
+    """Of root/<class>/...: (class names, sorted; paths (N,); labels (N,)). Raises DataError for less than two classes."""
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry, root)]
     # Some systems write é, or 한, as several characters: normalised, a class has one name on all of them.
     folders = sorted((unicodedata.normalize("NFC", folder.name), folder) for folder in folders)
@@ -654,11 +642,10 @@ def load_pictures(places, preprocessing, **common):
 
 
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
-    """Stratified split without a list: in each class the files with the smallest hash validate, the next ones test.
+    """Stratified split: in each class the files with the smallest hash validate, the next ones test, the others train.
 
-    The hash of the path below `root` stays when the folder is listed in another order, is moved, or gets more files.
-    Another `salt` gives another split; while loading there is none, so that no script ever validates on what another
-    one trained on. shares: of each class, for all parts but training. Returns index tensors, training last.
+    The hash, of the path below `root`, stays when the folder is moved or gets more files. Another `salt` gives another split;
+    loading has none, so that no script validates on what another one trained on. Returns index tensors in that order.
     """
 
     def rank(index):
@@ -700,10 +687,7 @@ def load_folder(root, common):
 
 
 def copy_split(source, target, shares, seed):
-    """Copy class folders into target/{train,val,test}/<class>, stratified; `source` is only read.
-
-    shares: of validation and test. The copy appears when it is complete. Raises DataError.
-    """
+    """Copy class folders into target/{train,val,test}/<class>; shares: of val and test. Raises DataError."""
     source, target = source.resolve(), target.resolve()
     if not source.is_dir() or (source / "train").is_dir():
         raise DataError(f"'{source}' is not a folder with one folder a class, still undivided: name such a one")
@@ -757,10 +741,7 @@ def plot_grid(path, title, pictures, names, colours=None, columns=8):
 
 
 def find_fonts(names):
-    """Let matplotlib write class names of any script: add fonts of this computer that have what its own one lacks.
-
-    What no font has is told in one line, with what to install.
-    """
+    """Let matplotlib write class names of any script, with fonts of this computer; what none of them has is told."""
     own = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     lacking, families, coverage = set(map(ord, "".join(names))) - set(own.get_charmap()), ["DejaVu Sans"], {}
     fonts = font_manager.findSystemFonts() if lacking else []
@@ -797,7 +778,7 @@ def add_number(parser, name, kind, low, high, default, text):
 
 
 def command_line(description, data, out, batch_size=None):
-    """A parser with the options that every script has, each named and explained once; the arguments are their defaults."""
+    """A parser with the options that every script has; the arguments are their defaults."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
@@ -828,15 +809,14 @@ def add_device_option(parser):
 
 
 def add_training_options(parser, fewest_epochs=1):
-    """The options that train.py and finetune.py share, beside those of every script; what they leave at None both set."""
+    """The options that train.py and finetune.py share; each sets those that are None here."""
     add_device_option(parser)
     add_image_options(parser)
     add_number(parser, "--epochs", int, fewest_epochs, 100_000, None, "passes over the images; finetune.py: in stage blocks")
     add_number(parser, "--patience", int, 0, 100_000, 0, "end after so many epochs without a higher validation accuracy; 0: never")
     add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
     add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
-    text = "share of the true class's probability that all classes get; cross-entropy only"
-    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, text)
+    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "share of probability that all classes get; cross-entropy only")
     text = "focal: hard images count more; dice: rare classes do"
     parser.add_argument("--loss", choices=("cross-entropy", "focal", "dice"), default="cross-entropy", help=text)
     text = "compute in fewer bits, where the device is faster so"
@@ -865,10 +845,7 @@ def choose_device(name):
 
 
 def run(main, *errors):
-    """Call a script's `main`; what a user can mend ends in one line on stderr and exit code 2, not in a traceback.
-
-    These are DataError, OSError, an interrupt, too little memory, and `errors`.
-    """
+    """Call a script's `main`; what a user can mend, `errors` too, ends in one line on stderr and exit code 2, not in a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted
     if hasattr(sys.stdout, "reconfigure"):  # a console or a log file may not know all characters of class names
         sys.stdout.reconfigure(errors="replace")
