@@ -120,17 +120,14 @@ def choose_per_class(labels, classes, per_class, seed):
 
 
 def memory_format(device):
-    """How a network and its images lie in memory: channels last is fastest, but for gradients on Apple's GPUs.
-
-    There they take 30 times as long (https://github.com/pytorch/pytorch/issues/193349).
-    """
+    """Channels last is fastest, except on Apple's GPUs, where gradients then take 30 times as long."""
+    # https://github.com/pytorch/pytorch/issues/193349
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def normalise(images, preprocessing):
     """(N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S) with about mean 0 and deviation 1; grey becomes three equal channels."""
-    mean = torch.tensor(preprocessing["mean"], device=images.device).view(1, 3, 1, 1) * 255
-    deviation = torch.tensor(preprocessing["std"], device=images.device).view(1, 3, 1, 1) * 255
+    mean, deviation = (torch.tensor(preprocessing[key], device=images.device).view(3, 1, 1) * 255 for key in ("mean", "std"))
     return (images - mean).div_(deviation).contiguous(memory_format=memory_format(images.device))
 
 
@@ -155,13 +152,10 @@ def mix(*parts):
 
 
 def index_batches(count, batch_size, generator=None):
-    """Split range(count), shuffled if a generator is given, into index tensors of `batch_size`.
-
-    A last batch of a single image for a process joins the one before it: BatchNorm cannot take a deviation of one number.
-    """
+    """range(count), shuffled if a generator is given, as index tensors of `batch_size`."""
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) < 2 * processes()[1]:
+    if len(batches) > 1 and len(batches[-1]) < 2 * processes()[1]:  # BatchNorm cannot take the deviation of one image
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
@@ -186,7 +180,6 @@ class Split:
         return len(self) * self.repeats
 
     def steps(self):
-        """Batches in an epoch of training."""
         return len(index_batches(self.epoch_size(), self.batch_size))
 
     def indices(self, epoch):
@@ -212,7 +205,7 @@ class ArraySplit(Split):
     augment: object = None  # for training, a function: (batch of images, size, generator) -> (n, C, size, size) in 0..255
 
     def name(self, index):
-        """What to call image `index` in a report: its number."""
+        """What to call image `index` in a report."""
         return str(index)
 
     def batches(self, epoch=None):
@@ -353,7 +346,6 @@ def load_glyphs(common):
 # -------------------------------------------------------------------------------------- digits: few and by hand
 
 DIGITS_FILE = Path(__file__).with_name("digits.npz")
-DIGITS_HALF = 898
 DIGITS_REPEATS = 4
 
 
@@ -363,15 +355,15 @@ def load_digits(common):
     E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0, taken from scikit-learn's copy.
     Each of the 8 × 8 numbers counts the inked pixels, 0 to 16, in a 4 × 4 square of a bitmap.
 
-    The order presumably follows the writers, who are not named: the second half (899) tests, as in scikit-learn's example,
-    whose support vector machine gets 96.9% of it right. Of the first half every fifth image of each digit (184) validates,
-    by the same writers and so a little too well, and the others (714) train.
+    The order presumably follows the writers, who are not named: the second half (899) tests, as in scikit-learn's example, whose
+    support vector machine gets 96.9% of it right. Of the first half every fifth image of each digit (184) validates, by the
+    same writers and so a little too well, and the others (714) train.
     """
     with numpy.load(DIGITS_FILE, allow_pickle=False) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
     images = (counts.float() * (255 / 16)).round()[:, None]  # (1797, 1, 8, 8)
     images = resize(images, common["preprocessing"]["image_size"]).round().byte()
-    first_half = torch.arange(len(labels)) < DIGITS_HALF
+    first_half = torch.arange(len(labels)) < 898
     validates = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
         validates[((labels == digit) & first_half).nonzero().flatten()[::5]] = True
@@ -381,7 +373,7 @@ def load_digits(common):
     return [str(digit) for digit in range(10)], splits
 
 
-# ----------------------------------------------------------------------- MNIST, Fashion-MNIST, CIFAR-10: downloaded
+# -------------------------------------------------------------- MNIST, Fashion-MNIST, CIFAR-10, flowers: downloaded
 
 # torchvision's class, which knows where to download, and what suits its images in training.
 PUBLISHED = {
@@ -430,8 +422,8 @@ def read_mnist(kind, data_dir):
     if not all(map(find, IDX_FILES)):
         kind(data_dir, download=True)
     images, labels, test_images, test_labels = [read_idx(find(file)) for file in IDX_FILES]
-    for part in ((images, labels), (test_images, test_labels)):
-        if part[0].shape != (part[1].numel(), 28, 28) or part[1].dim() != 1 or len(part[1]) < 2 or part[1].max() > 9:
+    for pixels, targets in ((images, labels), (test_images, test_labels)):
+        if pixels.shape != (targets.numel(), 28, 28) or targets.dim() != 1 or len(targets) < 2 or targets.max() > 9:
             raise DataError(f"the files of {kind.__name__} in '{data_dir}' do not belong together: fetch them again")
     classes = [name.partition(" - ")[0] for name in kind.classes]  # torchvision calls a digit "0 - zero"
     return (images[:, None], labels.long()), (test_images[:, None], test_labels.long()), classes
@@ -447,8 +439,6 @@ def read_idx(path):
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(f"'{path}' is damaged ({error}): delete it and fetch it again") from error
 
-
-# ------------------------------------------------------------------------------------- flowers: photos, downloaded
 
 FLOWERS_URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"  # 229 MB
 FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
@@ -509,8 +499,7 @@ def open_image(path, channels, size):
             if "A" in image.mode or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")  # what is transparent may have any colour
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            mode = "L" if channels == 1 else "RGB"
-            return image if image.mode == mode else image.convert(mode)
+            return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # a damaged file makes PIL raise almost anything
         raise DataError(f"cannot read the image '{path}' ({error}): repair it or take it out of the folder") from error
 
@@ -558,7 +547,6 @@ class FolderSplit(Split):
         self.work, self.loader = [], None
 
     def name(self, index):
-        """What to call image `index` in a report: its path."""
         return str(self.images[index])
 
     def batches(self, epoch=None):
@@ -891,10 +879,9 @@ def describe(dataset):
     """Sizes, classes and their numbers of images in each split, and the channels, as text."""
     splits = {name: getattr(dataset, name) for name in ("train", "val", "test") if getattr(dataset, name)}
     counts = [torch.bincount(split.labels, minlength=len(dataset.classes)).tolist() for split in splits.values()]
-    width = max(map(len, [*dataset.classes, "total"]))
-    lines = [f"{'':{width}}" + "".join(f"{name:>8}" for name in splits)]
-    for name, *row in [*zip(dataset.classes, *counts, strict=True), ("total", *map(sum, counts))]:
-        lines.append(f"{name:{width}}" + "".join(f"{count:8d}" for count in row))
+    table = [("", *splits), *zip(dataset.classes, *counts, strict=True), ("total", *map(sum, counts))]
+    width = max(len(name) for name, *_ in table)
+    lines = [f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, *row in table]
     for name, values in zip(("mean", "deviation"), channel_statistics(dataset.train), strict=True):
         lines.append(f"{name} of the channels, training images: " + " ".join(f"{value:.4f}" for value in values))
     channels = "grayscale" if dataset.preprocessing["channels"] == 1 else "colour"
