@@ -46,8 +46,9 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 # What a network is trained with, unless it starts from a checkpoint, which says so itself. Mean and deviation are of pixels
-# in 0..1: of augmented glyphs, for digits, too; of the training images of MNIST, Fashion-MNIST and CIFAR-10 at their own size;
-# of ImageNet, for all photos. crop: the share of an image's shorter side that is shown, 224 / 256 as is customary for ImageNet.
+# in 0..1: of augmented glyphs, for digits, too; of the training images of MNIST, Fashion-MNIST and CIFAR-10 at their own size
+# (`python data.py` measures resized ones); of ImageNet, for all photos.
+# crop: the share of an image's shorter side that is shown, of photos 224 / 256, as is customary for ImageNet.
 SMALL = {"image_size": 32, "crop": 1.0, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
 PREPROCESSING = {
     "glyphs": SMALL,
@@ -126,7 +127,7 @@ def memory_format(device):
 
 
 def normalise(images, preprocessing):
-    """(N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S) with about mean 0 and deviation 1; grey becomes three equal channels."""
+    """(N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S) of about mean 0 and deviation 1; grey fills all three channels."""
     mean, deviation = (torch.tensor(preprocessing[key], device=images.device).view(3, 1, 1) * 255 for key in ("mean", "std"))
     return (images - mean).div_(deviation).contiguous(memory_format=memory_format(images.device))
 
@@ -155,7 +156,7 @@ def index_batches(count, batch_size, generator=None):
     """range(count), shuffled if a generator is given, as index tensors of `batch_size`."""
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) < 2 * processes()[1]:  # BatchNorm cannot take the deviation of one image
+    if len(batches) > 1 and len(batches[-1]) < 2 * processes()[1]:  # BatchNorm needs two images in each
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
@@ -183,7 +184,7 @@ class Split:
         return len(index_batches(self.epoch_size(), self.batch_size))
 
     def indices(self, epoch):
-        """Index tensors of this process's share of each batch: in order if `epoch` is None, else shuffled, with repeats."""
+        """This process's share of each batch, as indices: in order if `epoch` is None, else shuffled, with repeats."""
         if epoch is None:
             batches = index_batches(len(self), self.batch_size)
         else:
@@ -202,7 +203,7 @@ class Split:
 class ArraySplit(Split):
     """Images in memory: a tensor uint8 (N, C, H, W)."""
 
-    augment: object = None  # for training, a function: (batch of images, size, generator) -> (n, C, size, size) in 0..255
+    augment: object = None  # in training: (images of a batch, size, generator) -> (n, C, size, size) in 0..255
 
     def name(self, index):
         """What to call image `index` in a report."""
@@ -280,7 +281,7 @@ def distort(images, size, generator):
     thin = -functional.max_pool2d(-images, 3, stride=1, padding=1)
     images = images + stroke.clamp(min=0) * (thick - images) - stroke.clamp(max=0) * (thin - images)
 
-    # Blur: a share of the picture, in a third of them all, goes through a quarter of its resolution, as the 8 × 8 digits did.
+    # Blur: a mixture with the picture at a quarter of its resolution, as the 8 × 8 digits have; one in three is that alone.
     coarse = functional.adaptive_avg_pool2d(images, max(size // 4, 1))
     coarse = functional.interpolate(coarse, size=(size, size), mode="bilinear")
     images = torch.lerp(images, coarse, uniform(1.5, 1, 1, 1).abs().clamp(max=1))
@@ -292,7 +293,7 @@ def distort(images, size, generator):
 
 # ------------------------------------------------------------------------------- glyphs: letters that cost nothing
 
-# As in EMNIST's "balanced" set (Cohen et al., arXiv:1702.05373): of small letters those whose shape differs from the capital's.
+# Those of EMNIST's "balanced" set (Cohen et al., arXiv:1702.05373): no small letter that looks like its capital.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
 
 # matplotlib's text fonts. Computer Modern, a family of its own, asks for letters and not for fonts learned by heart.
@@ -337,8 +338,7 @@ def load_glyphs(common):
     for fixed_seed, split in enumerate(("val", "test")):
         images, labels = draw_fonts(GLYPH_FONTS[split])
         images, labels = images.repeat(GLYPH_REPEATS, 1, 1, 1), labels.repeat(GLYPH_REPEATS)
-        generator = torch.Generator().manual_seed(fixed_seed)
-        images = distort(images, common["preprocessing"]["image_size"], generator)
+        images = distort(images, common["preprocessing"]["image_size"], torch.Generator().manual_seed(fixed_seed))
         splits[split] = ArraySplit(images=images.round().byte(), labels=labels, **common)
     return GLYPH_CLASSES, splits
 
@@ -355,9 +355,9 @@ def load_digits(common):
     E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0, taken from scikit-learn's copy.
     Each of the 8 × 8 numbers counts the inked pixels, 0 to 16, in a 4 × 4 square of a bitmap.
 
-    The order presumably follows the writers, who are not named: the second half (899) tests, as in scikit-learn's example, whose
-    support vector machine gets 96.9% of it right. Of the first half every fifth image of each digit (184) validates, by the
-    same writers and so a little too well, and the others (714) train.
+    The order presumably follows the writers, who are not named: the second half (899) tests, as in scikit-learn's example,
+    whose support vector machine gets 96.9% of it right. Of the first half every fifth image of each digit (184) validates,
+    by the same writers and so a little too well, and the others (714) train.
     """
     with numpy.load(DIGITS_FILE, allow_pickle=False) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
@@ -452,7 +452,7 @@ def fetch_flowers(data_dir):
     data_dir.mkdir(parents=True, exist_ok=True)
     if not archive.is_file():
         try:
-            torch.hub.download_url_to_file(FLOWERS_URL, archive, FLOWERS_SHA256)  # under another name until it is whole
+            torch.hub.download_url_to_file(FLOWERS_URL, archive, FLOWERS_SHA256)  # appears when it is whole
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
             raise DataError(f"no flowers ({error}): fetch {FLOWERS_URL} and put it at '{archive}'") from error
     if hashlib.sha256(archive.read_bytes()).hexdigest() != FLOWERS_SHA256:
@@ -485,8 +485,8 @@ warnings.filterwarnings("ignore", module="PIL")  # of large images and odd EXIF 
 def open_image(path, channels, size):
     """Decode one file: an upright PIL image of 1 channel or 3. Raises DataError if it cannot be read.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves twice `size`, which the smallest crops of training
-    need: photos of 12 megapixels are read three times as fast.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves twice `size`, enough for the smallest crops of
+    training: photos of 12 megapixels are read three times as fast.
     """
     try:
         with Image.open(path) as image:
@@ -551,8 +551,8 @@ class FolderSplit(Split):
 
     def batches(self, epoch=None):
         """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
-        # DataLoader hands each element of batch_sampler to __getitems__ in a worker process; default_convert leaves the batch as
-        # it is. The list is filled anew for each epoch and the workers stay: on Windows and macOS each would import torch again.
+        # DataLoader hands each element of batch_sampler to __getitems__ in a worker process; default_convert leaves what comes
+        # back as it is. The list is filled anew and the workers stay: on Windows and macOS they would import torch each epoch.
         if self.loader is None:
             stay = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
             stay["generator"] = torch.Generator()  # not the one that dropout draws from: --resume would end in other bits
@@ -585,7 +585,7 @@ def is_hidden(path, root):
 
 
 def find_images(folder):
-    """Sorted paths of the images below `folder`; what cannot be read is left out and named. Raises DataError if nothing is left."""
+    """Sorted paths of the images below `folder`; unreadable ones are left out and named. Raises DataError if none is left."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     files = [path for path in files if not is_hidden(path, folder) and not path.is_dir()]
     damages = find_damages(files)
@@ -632,8 +632,8 @@ def load_pictures(places, preprocessing, **common):
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
     """Stratified split: in each class the files with the smallest hash validate, the next ones test, the others train.
 
-    The hash, of the path below `root`, stays when the folder is moved or gets more files. Another `salt` gives another split;
-    loading has none, so that no script validates on what another one trained on. Returns index tensors in that order.
+    The hash of the path below `root` stays when the folder is moved or grows. Another `salt` gives another split; loading
+    has none, so that no script validates on what another one trained on. Returns index tensors in that order.
     """
 
     def rank(index):
@@ -804,7 +804,7 @@ def add_training_options(parser, fewest_epochs=1):
     add_number(parser, "--patience", int, 0, 100_000, 0, "end after so many epochs without a higher validation accuracy; 0: never")
     add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
     add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
-    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "share of probability that all classes get; cross-entropy only")
+    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "probability that all classes share; cross-entropy only")
     text = "focal: hard images count more; dice: rare classes do"
     parser.add_argument("--loss", choices=("cross-entropy", "focal", "dice"), default="cross-entropy", help=text)
     text = "compute in fewer bits, where the device is faster so"
@@ -833,7 +833,7 @@ def choose_device(name):
 
 
 def run(main, *errors):
-    """Call a script's `main`; what a user can mend, `errors` too, ends in one line on stderr and exit code 2, not in a traceback."""
+    """Call a script's `main`; what a user can mend, and `errors`, ends in one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted
     if hasattr(sys.stdout, "reconfigure"):  # a console or a log file may not know all characters of class names
         sys.stdout.reconfigure(errors="replace")
