@@ -248,8 +248,7 @@ def crop_and_flip(images, size, generator):
     top, left = torch.randint(2 * border + 1, (2, count), generator=generator, device=images.device)
     images = windows[torch.arange(count, device=images.device), :, top, left]  # (N, C, H, H)
     mirrored = torch.rand(count, generator=generator, device=images.device) < 0.5
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    return resize(images, size)
+    return resize(torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images), size)
 
 
 def distort(images, size, generator):
@@ -580,20 +579,16 @@ class FolderSplit(Split):
         return torch.stack(images), self.labels[torch.tensor(indices) % len(self)]
 
 
-def is_hidden(path, root):
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
-
-
 def find_images(folder):
     """Sorted paths of the images below `folder`; unreadable ones are left out and named. Raises DataError if none is left."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [path for path in files if not is_hidden(path, folder) and not path.is_dir()]
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]  # hidden
     damages = find_damages(files)
     named = [f"'{path}' ({damage})" for path, damage in damages.items()]
-    if len(damages) == len(files):
+    if len(named) == len(files):
         mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
         raise DataError(f"no image in '{folder}' that can be read ({', '.join([f'{len(files)} found', *named[:1]])}): {mend}")
-    if damages:
+    if named:
         more = f" and {len(named) - 10} more" if len(named) > 10 else ""
         warn(f"{len(named)} unreadable image{'s' * (len(named) > 1)} left out: {', '.join(named[:10])}{more}")
     return [path for path in files if path not in damages]
@@ -601,7 +596,7 @@ def find_images(folder):
 
 def list_folder(root):
     """Of root/<class>/...: (class names, sorted; paths (N,); labels (N,)). Raises DataError for less than two classes."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry, root)]
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
     # Some systems write é, or 한, as several characters: normalised, a class has one name on all of them.
     folders = sorted((unicodedata.normalize("NFC", folder.name), folder) for folder in folders)
     classes = [name for name, _ in folders]
