@@ -615,11 +615,7 @@ def load_pictures(places, preprocessing, **common):
     for place in places:
         if not place.exists():
             raise DataError(f"there is no '{place}': name an image, or a folder of some")
-        if place.is_dir():
-            paths += find_images(place)
-        else:
-            open_image(place, channels=3, size=1)
-            paths.append(place)
+        paths += find_images(place) if place.is_dir() else [place]
     labels = torch.zeros(len(paths), dtype=torch.long)
     return FolderSplit(images=numpy.array(paths), labels=labels, seed=0, preprocessing=preprocessing, **common)
 
