@@ -5,14 +5,10 @@
 
 Stage "head": the network is frozen and only a classifier is trained, on the feature vector of each image. Stage "blocks": the
 last blocks are trained too, more carefully than the classifier. The first layers stay as they are: edges and strokes
-are edges and strokes in any data set, and few labelled images would only spoil them.
-
-A frozen layer is a fixed function: the same picture gives the same numbers in every epoch. So what comes out of it can be
-kept (`Frozen`), and trained on for many epochs.
+are edges and strokes in any data set, and few labelled images would only spoil them. They give the same numbers for the
+same picture in every epoch, so that what comes out of them can be kept (`Frozen`).
 """
 
-import argparse
-import shlex
 from dataclasses import dataclass, field
 
 import torch
@@ -33,9 +29,8 @@ KEEP_BYTES = 1e9  # of memory, for each split, to keep what comes out of the fro
 class Frozen(data.Split):
     """A split as frozen layers hand it on: batches of maps (N, C, H, W) or of features (N, 1280), with labels (N,).
 
-    images: the split that `layers` are shown. views: how many passes over it are kept for training, the first over the
-    images as they are, the others over augmented ones; each epoch draws from all of them. With 0 nothing is kept, and
-    every epoch has augmentations of its own.
+    images: the split that `layers` are shown. views: how many passes over it are kept for training, the first without
+    augmentation; each epoch draws from all of them. With 0 nothing is kept, and every epoch has augmentations of its own.
     """
 
     layers: nn.Module
@@ -111,9 +106,8 @@ def views_that_fit(front, split, views, images):
 def train_head(run, backbone, head, train, val, args):
     """Stage "head": train the classifier on the features of the frozen network.
 
-    The usual loop sends every image through 17 blocks in every epoch, for 1280 numbers that are the same each time. Here it
-    goes once, and an epoch is one product of small matrices a batch: twenty cost hardly more than one. The price is that
-    the classifier sees each image as it is, and no augmentation of it.
+    Each image goes once through the 17 blocks, for 1280 numbers, and an epoch is one product of small matrices a batch: twenty
+    cost hardly more than one. The price is that the classifier sees each image as it is, and no augmentation of it.
     """
     print("stage head: computing the features of all images, once", flush=True)
     train, val = freeze(backbone, train), freeze(backbone, val)
@@ -171,20 +165,16 @@ def tune(run, model, dataset, args):
 
 
 def start(args, device):
-    """Data set and network to start from: (Data, model). Says what is taken from --checkpoint and what is made anew.
-
-    Raises CheckpointError or DataError.
-    """
+    """Data set and network to start from: (Data, model). Raises CheckpointError or DataError."""
     source = read_pretrained(args.checkpoint)
     # The network goes on seeing images as it has learned to; whether they are grey is up to the new data.
     preprocessing = {key: source["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, preprocessing, device)
     model = load_pretrained(source, output_stride=args.output_stride)
-    print(
-        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
-        f" images of {dataset.preprocessing['image_size']} pixels, on {device}\nfrom {args.checkpoint}: stem, 17 blocks"
-        f" and last convolution, width {model.arch['width_mult']:g}, output stride {model.arch['output_stride']}"
-    )
+    counts = f"{len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
+    print(f"{args.data}: {counts} of {dataset.preprocessing['image_size']} pixels, on {device}")
+    arch = f"width {model.arch['width_mult']:g}, output stride {model.arch['output_stride']}"
+    print(f"from {args.checkpoint}: stem, 17 blocks and last convolution, {arch}")
     if source["classes"] == dataset.classes:
         print(f"classifier: kept, it knows these {len(dataset.classes)} classes")
     else:
@@ -192,10 +182,8 @@ def start(args, device):
     return dataset, model.to(device, memory_format=data.memory_format(device))
 
 
-def number_or_all(text):
-    """The number of blocks that --unfreeze names. Raises ArgumentTypeError."""
-    if text != "all" and not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of blocks nor all")
+def blocks_or_all(text):
+    """The number of blocks that --unfreeze names."""
     return 17 if text == "all" else int(text)
 
 
@@ -206,8 +194,7 @@ def command_line():
     parser.add_argument("--checkpoint", default="runs/train/best.pt", help="to start from; or a torchvision .pth, or imagenet")
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="None: as the checkpoint has it")
     data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
-    text = "how many of the 17 blocks stage blocks trains, the last ones; 17 or all: the stem, too"
-    data.add_number(parser, "--unfreeze", number_or_all, 0, 17, 11, text)
+    data.add_number(parser, "--unfreeze", blocks_or_all, 0, 17, 11, "last blocks that stage blocks trains; 17 or all: the stem, too")
     text = "passes over the images that stage blocks keeps, augmented but the first; 0: new ones in every epoch; None: 4 of photos"
     data.add_number(parser, "--views", int, 0, 1000, None, text)
     parser.add_argument("--train-batch-norm", action="store_true", help="its statistics follow the new images")
@@ -221,7 +208,6 @@ def main():
     run = Run(args, model, dataset)
     tune(run, model, dataset, args)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} {data.data_options(args)}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
     python train.py --resume                       # goes on where a run was interrupted
     torchrun --nproc-per-node 8 train.py ...       # on 8 GPUs, or in 8 processes on CPUs
 
-The loop is in `train_epoch`; around it stand the recipes, the learning rate (`schedule`), the losses, what a run leaves
-behind (`Run`), and `main`, which reads from top to bottom as the story of a training.
+The loop is `train_epoch`; `Run` is what a run leaves behind; `main` is the story of a training, from top to bottom.
 """
 
 import math
@@ -81,11 +80,10 @@ def dice_loss(logits, labels):
 
 def choose_loss(args):
     """The function (logits (N, C), labels (N,)) -> loss that --loss names."""
-    if args.loss != "cross-entropy":
-        return {"focal": focal_loss, "dice": dice_loss}[args.loss]
-    # It applies the softmax itself: its input is logits. Smoothing asks for 1 - s on the true class and shares s among
-    # all (Szegedy et al., arXiv:1512.00567, §7), so that logits need not grow for ever.
-    return partial(functional.cross_entropy, label_smoothing=args.label_smoothing)
+    # PyTorch's applies the softmax itself. Smoothing asks for 1 - s on the true class and shares s among all
+    # (Szegedy et al., arXiv:1512.00567, §7), so that logits need not grow for ever.
+    cross_entropy = partial(functional.cross_entropy, label_smoothing=args.label_smoothing)
+    return {"cross-entropy": cross_entropy, "focal": focal_loss, "dice": dice_loss}[args.loss]
 
 
 def parameter_groups(parameters, learning_rate, weight_decay):
@@ -107,29 +105,28 @@ def train_epoch(model, batches, optimizer, factors, loss_function, progress, amp
     each step; amp: None, or the type in which convolutions and matrix products compute: torch.bfloat16 or torch.float16.
     Returns {"train_loss", "train_top1"}: means over the epoch, the loss being what is minimised, label smoothing included.
     """
-    sums, processes, scaler = torch.zeros(3), data.processes()[1], None  # of loss, right ones, images
+    device, processes = next(model.parameters()).device, data.processes()[1]
+    # float16 ends at 6e-8: gradients are computed of a loss so much larger, and divided again before the step.
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    # Sums stay tensors until the end: .item() would make a GPU wait at every step.
+    sums = torch.zeros(3, device=device)  # of loss, right ones, images
     for step, ((inputs, labels), factor) in enumerate(zip(batches, factors, strict=True), start=1):
-        # float16 ends at 6e-8: gradients are computed of a loss so much larger, and divided again before the step.
-        scaler = scaler or torch.amp.GradScaler(inputs.device.type, enabled=amp == torch.float16)
         for group in optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
-        with torch.autocast(inputs.device.type, amp, enabled=amp is not None):
+        with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = model(inputs)
         loss = loss_function(logits.float(), labels)
-        count = torch.tensor(float(len(labels)), device=loss.device)
-        weight = 1.0
+        count = torch.tensor(float(len(labels)), device=device)
+        together = count.clone()
         if processes > 1:  # gradients are averaged over processes: a process with fewer images must count less
-            together = count.clone()
             distributed.all_reduce(together)
-            weight = processes * count / together
         optimizer.zero_grad()
-        scaler.scale(loss * weight).backward()
+        scaler.scale(loss * (processes * count / together)).backward()
         scaler.step(optimizer)
         scaler.update()
-        # Sums stay tensors until the end: .item() would make a GPU wait at every step.
-        right = (logits.detach().argmax(dim=1) == labels).sum()
-        sums = sums.to(loss.device) + torch.stack([loss.detach() * count, right, count])
-        progress(step, loss.detach())
+        loss, right = loss.detach(), (logits.argmax(dim=1) == labels).sum()
+        sums += torch.stack([loss * count, right, count])
+        progress(step, loss)
     if processes > 1:
         distributed.all_reduce(sums)
     loss_sum, right, count = sums.tolist()
@@ -139,10 +136,9 @@ def train_epoch(model, batches, optimizer, factors, loss_function, progress, amp
 class Run:
     """What a run leaves in its folder: last.pt and log.csv after every epoch, best.pt when it is the best, curves.png.
 
-    best.pt is what the next script takes: the epoch of the highest validation accuracy, and among equals the latest, which
-    learned at the lowest rate. last.pt is the latest epoch, good or bad, with what --resume needs: the optimiser's
-    state and the settings. No random state: every epoch draws from seeds of its own, so that a run which goes on
-    ends in the same bits as one that was never interrupted. Of several processes only the first writes.
+    best.pt is the epoch of the highest validation accuracy, and among equals the latest, which learned at the lowest rate.
+    last.pt is the latest epoch, with what --resume needs: the optimiser's state and the settings. No random state: every
+    epoch draws from seeds of its own, so that a run which goes on ends in the same bits as one that was never interrupted.
     """
 
     def __init__(self, args, model, dataset):
@@ -192,13 +188,11 @@ class Run:
         return bool(scores and self.args.patience) and len(scores) > scores.index(max(scores)) + self.args.patience
 
     def begin_epoch(self, images, steps):
-        """Begin an epoch that trains on so many images in so many steps."""
-        self.images, self.steps, self.losses, self.epoch_started = images, steps, [], time.perf_counter()
+        self.images, self.steps, self.epoch_started = images, steps, time.perf_counter()
 
     def save(self, name, **more):
         if data.processes()[0] == 0:
-            classes, preprocessing = self.dataset.classes, self.dataset.preprocessing
-            save_checkpoint(self.folder / name, self.model, classes, preprocessing, self.history, **more)
+            save_checkpoint(self.folder / name, self.model, self.dataset.classes, self.dataset.preprocessing, self.history, **more)
 
     def eta(self, part=0.0):
         """Time left in the stage, as its epochs so far and the `part` of the one that runs lead to expect."""
@@ -208,11 +202,9 @@ class Run:
 
     def progress(self, step, loss):
         """A line that overwrites itself, on a terminal only. Raises DataError when a loss is not finite."""
-        self.losses.append(loss)
-        if step % 50 == 0 or step == self.steps:  # not at every step, for which a GPU would have to wait
-            wrong = (~torch.stack(self.losses).isfinite()).nonzero()
-            if len(wrong):
-                self.stop(f"step {int(wrong[0]) + 1}")
+        # Not at every step, for which a GPU would have to wait; the loss of a network that has lost itself stays NaN.
+        if (step % 50 == 0 or step == self.steps) and not loss.isfinite():
+            self.stop(f"step {step}")
         if sys.stdout.isatty():
             part = step / self.steps
             rate = part * self.images / (time.perf_counter() - self.epoch_started)
@@ -235,12 +227,9 @@ class Run:
         self.save("last.pt", settings=self.settings, state=state)
         self.keep_best()
         clear = "\r\033[K" if sys.stdout.isatty() else ""
-        print(
-            f"{clear}{self.stage} {self.done}/{self.epochs}"
-            f"  train loss {row['train_loss']:.3f} top1 {row['train_top1']:.2%}"
-            f"  val loss {row['val_loss']:.3f} top1 {row['val_top1']:.2%}  {self.images / seconds:.0f} images/s  {self.eta()}",
-            flush=True,
-        )
+        scores = [f"{part} loss {row[f'{part}_loss']:.3f} top1 {row[f'{part}_top1']:.2%}" for part in ("train", "val")]
+        where = f"{clear}{self.stage} {self.done}/{self.epochs}"
+        print(where, *scores, f"{self.images / seconds:.0f} images/s", self.eta(), sep="  ", flush=True)
         if data.processes()[1] > 1:
             distributed.barrier()  # nobody reads what is still being written
 
@@ -249,14 +238,15 @@ class Run:
             plot_history(self.history, self.folder / "curves.png")
         print(f"best validation accuracy {self.best:.2%}, {time.perf_counter() - self.started:.0f} s")
         print(f"wrote best.pt, last.pt, log.csv and curves.png to {self.folder}")
+        best = shlex.quote(str(self.folder / "best.pt"))
+        print(f"next: python evaluate.py --checkpoint {best} {data.data_options(self.args)}")
 
 
 def pad_tiny_maps(network):
     """Give depthwise convolutions their border of zeros with the input, where the map has 1 or 2 pixels a side.
 
-    The numbers stay the same. On CPUs with AVX2 and no AVX-512, oneDNN (3.12, 3.13) takes 10 to 30 times as long
-    for the gradient of the weights if it adds the border to so small a map itself: whole steps at 32 pixels and output
-    stride 32 are 2.7 times as fast with it, those at output stride 16 by a sixth.
+    On CPUs with AVX2 and no AVX-512, oneDNN (3.12, 3.13) takes 10 to 30 times as long for the same gradient if it adds the
+    border itself: steps at 32 pixels and output stride 32 are 2.7 times as fast so, those at output stride 16 by a sixth.
     """
 
     def forward(layer, x):
@@ -270,16 +260,12 @@ def pad_tiny_maps(network):
 
 
 def fit(run, stage, network, trained, train, val, optimizer, epochs):
-    """Train `network` for some epochs and record each of them in `run`.
+    """Train `network` for `epochs` epochs, which the log calls `stage`, and record each of them in `run`.
 
-    Args:
-        stage: what the log calls these epochs.
-        trained: the modules that are in training mode (dropout drops, BatchNorm looks at the batch); all others are not.
-        train, val: splits, in what form the network takes them.
-        optimizer: its groups come from `parameter_groups`.
+    Only the modules in `trained` are in training mode (dropout drops, BatchNorm looks at the batch). train and val are
+    splits in the form that the network takes; the optimiser's groups come from `parameter_groups`.
     """
-    steps, args = train.steps(), run.args
-    count = data.processes()[1]
+    steps, args, count = train.steps(), run.args, data.processes()[1]
     if count > 1 and min(len(train), len(val)) < 2 * count:
         raise data.DataError("too few images for so many processes: lower --nproc-per-node")
     pad_tiny_maps(network)
@@ -314,10 +300,7 @@ def average_statistics(network):
 
 
 def begin(args):
-    """Join the processes that torchrun has started, if it has, and seed the first weights. Returns the device.
-
-    Raises DataError where --out and --resume do not go together, before anything is loaded.
-    """
+    """Join the processes that torchrun has started, if it has, and seed the first weights. Returns the device. Raises DataError."""
     if args.resume and not (args.out / "last.pt").exists():
         raise data.DataError(f"there is no run to resume in '{args.out}': name its folder with --out")
     if (args.out / "last.pt").exists() and not (args.resume or args.overwrite):
@@ -349,10 +332,8 @@ def main():
     args = parser.parse_args()
     device = begin(args)
     dataset = data.load_for(args, device=device)
-    print(
-        f"{args.data}: {len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation"
-        f" images of {dataset.preprocessing['image_size']} pixels, on {device}"
-    )
+    counts = f"{len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
+    print(f"{args.data}: {counts} of {dataset.preprocessing['image_size']} pixels, on {device}")
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
     model.to(device, memory_format=data.memory_format(device))
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
@@ -364,7 +345,6 @@ def main():
     run = Run(args, model, dataset)
     fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args.epochs)
     run.finish()
-    print(f"next: python evaluate.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} {data.data_options(args)}")
     print(f"  or: python finetune.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} --data NAME_OR_FOLDER")
 
 

@@ -314,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(brok
 
     monkeypatch.setattr(train, broken, diverge_later)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
-    where = {"choose_loss": "step 5", "score": "validation"}[broken]
+    where = {"choose_loss": "step 12", "score": "validation"}[broken]
     assert code == 2 and f"the loss of scratch 2/2, {where}, is not finite: lower --learning-rate" in err
     for name in ("last.pt", "best.pt"):
         assert len(load_checkpoint(tmp_path / name)[1]["history"]) == 1
