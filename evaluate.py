@@ -4,16 +4,13 @@
     python evaluate.py --checkpoint runs/train/best.pt --data glyphs
     python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain       # what is on them, and where
 
-Everything follows from two tensors, the logits (N, C) and the labels (N,): `confusion_matrix` counts, `classification_report`
-divides. The test split is used here, once, at the end; whatever was chosen was chosen on validation.
+`confusion_matrix` counts, `classification_report` divides. The test split is used here only: what was chosen was chosen on validation.
 """
 
 import csv
 import io
 import json
 import shlex
-import unicodedata
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,11 +27,11 @@ from mobilenetv2 import CheckpointError, load_pretrained, read_pretrained, write
 
 
 def predict(model, split):
-    """Logits (N, C) and labels (N,) of a whole split, on the CPU. Puts the model into eval mode.
+    """Logits (N, C) and labels (N,) of a whole split, on the CPU. Moves the model to the split's device, in eval mode.
 
     In the order of the split; of several processes each predicts a share, and they follow one another.
     """
-    model.eval()
+    model.eval().to(split.device, memory_format=data.memory_format(split.device))
     with torch.inference_mode():
         pairs = [(model(images).cpu(), labels.cpu()) for images, labels in split.batches()]
     logits, labels = zip(*pairs, strict=True)
@@ -71,7 +68,7 @@ def classification_report(confusion):
         F1        = 2 · precision · recall / (precision + recall) = 2 · right / (row + column)
 
     What divides by nothing, such as the precision of a class that was never predicted, is 0.
-    Returns {"per_class": [{precision, recall, f1, support}, ...], "macro": {...}, "weighted": {...}}: macro is the plain mean
+    Returns {"macro": {...}, "weighted": {...}, "per_class": [{precision, recall, f1, support}, ...]}: macro is the plain mean
     over the classes, weighted the mean by their number of images (support).
     """
     confusion = confusion.double().numpy()
@@ -84,9 +81,9 @@ def classification_report(confusion):
     rows = zip(*(values.tolist() for values in measures.values()), actual.astype(int).tolist(), strict=True)
     images = max(actual.sum(), 1)
     return {
-        "per_class": [dict(zip((*measures, "support"), row, strict=True)) for row in rows],
         "macro": {name: float(values.mean()) for name, values in measures.items()},
         "weighted": {name: float((values * actual).sum() / images) for name, values in measures.items()},
+        "per_class": [dict(zip((*measures, "support"), row, strict=True)) for row in rows],
     }
 
 
@@ -97,21 +94,15 @@ def find_notes(confusion, classes):
         names = [classes[index] for index in (confusion.sum(dim=dim) == 0).nonzero().flatten()]
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         notes += [f"classes {text}: {', '.join(names[:10])}{more}"] if names else []
-    wrong = (confusion - confusion.diag().diag()).flatten()
-    most = [divmod(cell, len(classes)) for cell in wrong.argsort(descending=True, stable=True)[:3].tolist() if wrong[cell]]
-    pairs = [f"{classes[true]} → {classes[guess]} ({confusion[true, guess]}×)" for true, guess in most]
+    wrong = confusion.clone().fill_diagonal_(0)
+    most = sorted(wrong.nonzero().tolist(), key=lambda cell: -wrong[tuple(cell)])[:3]
+    pairs = [f"{classes[true]} → {classes[guess]} ({wrong[true, guess]}×)" for true, guess in most]
     return notes + ([f"most often confused: {', '.join(pairs)}"] if pairs else [])
-
-
-def measure_text(name):
-    """Columns in a terminal, where a Chinese character is as wide as two Latin ones."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in name)
 
 
 def format_report(report, scores, classes):
     """The report as aligned text, a line a class, in scikit-learn's form."""
-    width = max(map(measure_text, (*classes, "weighted avg")))
-    space = {name: " " * (width - measure_text(name)) for name in (*classes, "macro avg", "weighted avg")}
+    width = max(map(len, (*classes, "weighted avg")))
     lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
     total = sum(row["support"] for row in report["per_class"])
     averages = [(f"{name} avg", report[name] | {"support": total}) for name in ("macro", "weighted")]
@@ -119,7 +110,7 @@ def format_report(report, scores, classes):
         if name == "macro avg":
             lines += ["", f"{'accuracy':>{width}}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
         precision, recall, f1, support = row.values()
-        lines.append(f"{space[name]}{name}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
+        lines.append(f"{name:>{width}}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
     lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
     return "\n".join(lines)
 
@@ -140,18 +131,17 @@ def plot_confusion(confusion, classes, path):
     # The square root lets single mistakes be seen; among 1,000 classes a cell is a pixel or two.
     picture = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     figure.colorbar(picture, label="share of the true class", shrink=0.8, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
-    title = f"{int(confusion.diagonal().sum())} of {int(confusion.sum())} right"
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{confusion.diagonal().sum()} of {confusion.sum()} right")
     cell = 0.8 * 72 * side / len(classes)  # points
     if cell >= 8:
         names, size = [data.shorten(name) for name in classes], min(10, cell)
-        rotation = 90 if 0.6 * size * max(map(measure_text, names)) > cell else 0
+        rotation = 90 if size * max(map(len, names)) > cell else 0  # no letter is wider than it is high
         axes.set_xticks(range(len(classes)), names, rotation=rotation, fontsize=size)
         axes.set_yticks(range(len(classes)), names, fontsize=size)
     size = min(10, cell / (0.65 * max(len(str(int(confusion.max()))), 2)))  # a digit is as wide as 0.65 of its height
     for row, column in confusion.nonzero().tolist() if size >= 5 else ():
         share = shares[row, column].item()
-        text = f"{confusion[row, column]}\n{share:.0%}" if cell >= 2.5 * size and cell >= 24 else f"{confusion[row, column]}"
+        text = f"{confusion[row, column]}\n{share:.0%}" if cell >= 25 else f"{confusion[row, column]}"
         colour = "white" if share > 0.3 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size, linespacing=1)
     figure.savefig(path, dpi=120)
@@ -191,8 +181,7 @@ def find_activations(model, images, chosen):
 
         w_c · mean(m) + b_c  =  mean(w_c · m) + b_c        (means over the h × w places)
 
-    so that w_c · m says of each place how much it adds to the logit. That is what global pooling gives for nothing, and a layer
-    connected to every place would not. Zhou et al., arXiv:1512.04150, equations 1 and 2.
+    so that w_c · m says of each place how much it adds to the logit (Zhou et al., arXiv:1512.04150, equations 1 and 2).
     """
     with torch.inference_mode():
         maps = model.head(model.blocks(model.stem(images)))
@@ -202,8 +191,7 @@ def find_activations(model, images, chosen):
 def colour_activations(maps, pictures, stride):
     """Activation maps (N, h, w), what speaks against the class left out, as heat over numpy pictures (N, S, S, 3).
 
-    A convolution of stride 2 centres its output i on its input 2 · i, so that cell i of the map belongs around pixel i · stride,
-    and not in the middle of an h-th of the picture, half a stride to the right of it.
+    A convolution of stride 2 centres its output i on its input 2 · i, so that cell i of the map belongs around pixel i · stride.
     """
     maps = maps.clamp(min=0) / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
     reach = 1 + stride * (maps.shape[-1] - 1)
@@ -218,14 +206,13 @@ def plot_history(history, path, title=""):
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(title)
     epochs = range(1, len(history) + 1)
-    changes = [epoch for epoch in epochs if epoch > 1 and history[epoch - 1]["stage"] != history[epoch - 2]["stage"]]
+    changes = [done for done in range(1, len(history)) if history[done]["stage"] != history[done - 1]["stage"]]
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
         # Training may well look worse than validation: dropout, augmented images, and a loss with label smoothing.
-        training = [row[f"train_{key}"] for row in history]
-        axes.plot(epochs, training, ".-", color="#8c959f", label="training (made harder)")
-        axes.plot(epochs, [row[f"val_{key}"] for row in history], ".-", color="#0969da", label="validation")
-        for epoch in changes:
-            axes.axvline(epoch - 0.5, color="black", ls="--", lw=1, label=f"stage: {history[epoch - 1]['stage']}")
+        for part, colour, label in (("train", "#8c959f", "training (made harder)"), ("val", "#0969da", "validation")):
+            axes.plot(epochs, [row[f"{part}_{key}"] for row in history], ".-", color=colour, label=label)
+        for done in changes:
+            axes.axvline(done + 0.5, color="black", ls="--", lw=1, label=f"stage: {history[done]['stage']}")
         axes.set(xlabel="epoch", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -255,7 +242,7 @@ def write_predictions(path, split, logits, classes):
     header = ["image", "true", "predicted", "confidence", "second", "confidence_2", "third", "confidence_3"]
     table = [header[: 2 + 2 * min(3, len(classes))]]
     for index, (label, named) in enumerate(zip(split.labels.tolist(), likeliest(logits, classes), strict=True)):
-        cells = chain.from_iterable((name, f"{confidence:.6f}") for name, confidence in named)
+        cells = [cell for name, confidence in named for cell in (name, f"{confidence:.6f}")]
         table.append([split.name(index), "" if label == UNKNOWN else classes[label], *cells])
     write_table(path, table)
 
@@ -272,9 +259,8 @@ def name_classes(checkpoint):
 def load_for_evaluation(args, device):
     """The network of --checkpoint and the images of --data, as it was trained to see them.
 
-    Returns (model, checkpoint, dataset, split, "test" or "val"): the test split, or where there is none the validation split.
-    Raises CheckpointError or DataError, also when network and data do not have the same classes. A file in torchvision's names
-    says only how many; their order is then that of the data's, as it is for the 1,000 folders of ImageNet.
+    Returns (model, checkpoint, dataset, split, "test" or "val", where there is no test split). Raises CheckpointError or
+    DataError, also when their classes differ; a file in torchvision's names says only how many, and takes those of the data.
     """
     checkpoint = read_pretrained(args.checkpoint)
     dataset = data.load_for(args, checkpoint["preprocessing"], device)
@@ -286,13 +272,13 @@ def load_for_evaluation(args, device):
         knows, has = (", ".join(names[:3]) for names in (known, there))
         counts = f"'{args.checkpoint}' knows {count} classes ({knows}, ...), '{args.data}' has {len(there)} ({has}, ...)"
         raise data.DataError(f"{counts}: name the data it was trained on with --data, or fine-tune it on these")
-    model = load_pretrained(checkpoint).to(device, memory_format=data.memory_format(device))
-    return model, checkpoint, dataset, *((dataset.test, "test") if dataset.test else (dataset.val, "val"))
+    split = (dataset.test, "test") if dataset.test else (dataset.val, "val")
+    return load_pretrained(checkpoint), checkpoint, dataset, *split
 
 
 def draw(args, model, checkpoint, split, logits, confusion):
     """Draw all pictures of an evaluation. Returns their names."""
-    classes, labels = checkpoint["classes"], split.labels
+    classes = checkpoint["classes"]
     data.find_fonts(classes)
     plot_confusion(confusion, classes, args.out / "confusion.png")
     written = ["confusion.png"]
@@ -301,9 +287,9 @@ def draw(args, model, checkpoint, split, logits, confusion):
         written.append("curves.png")
     some = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:32]  # the same ones every time
     confidences, guesses = logits.softmax(dim=1).max(dim=1)
-    mistakes = torch.where(guesses == labels, -1, confidences).argsort(descending=True)[: (guesses != labels).sum()]
-    right = [index for index in some.tolist() if guesses[index] == labels[index]]
-    looked = torch.cat([mistakes[:8], torch.tensor(right[:8], dtype=torch.long)]) if args.explain else some[:0]
+    right = guesses == split.labels
+    mistakes = confidences.masked_fill(right, -1).argsort(descending=True)[: (~right).sum()]
+    looked = torch.cat([mistakes[:8], some[right[some]][:8]]) if args.explain else some[:0]
     for name, *about in (
         ("samples.png", "green: right · red: true → predicted · confidence", some.sort().values),
         ("mistakes.png", "the most confident mistakes: true → predicted", mistakes[:32]),
@@ -327,8 +313,7 @@ def evaluate(args, device):
     text = "\n".join([title, "", format_report(report, scores, classes), *notes])
 
     metrics = {"checkpoint": args.checkpoint, "data": args.data, "split": split_name, "images": len(split)}
-    metrics |= scores | {name: report[name] for name in ("macro", "weighted")} | {"notes": notes}
-    metrics["per_class"] = dict(zip(classes, report["per_class"], strict=True))
+    metrics |= scores | report | {"notes": notes, "per_class": dict(zip(classes, report["per_class"], strict=True))}
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
     write_file(args.out / "report.txt", (text + "\n").encode())
     write_predictions(args.out / "predictions.csv", split, logits, classes)
@@ -341,7 +326,7 @@ def evaluate(args, device):
 def classify(args, device):
     """Say what is on pictures without labels. Returns the names of the files that it wrote."""
     checkpoint = read_pretrained(args.checkpoint)
-    model, classes = load_pretrained(checkpoint).to(device, memory_format=data.memory_format(device)), name_classes(checkpoint)
+    model, classes = load_pretrained(checkpoint), name_classes(checkpoint)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     split = data.load_pictures(args.images, preprocessing=checkpoint["preprocessing"], **common)
     split.labels.fill_(UNKNOWN)
@@ -359,8 +344,7 @@ def classify(args, device):
 
 
 def main():
-    text = "Evaluate a checkpoint on the test split, or classify --images."
-    parser = data.command_line(text, "digits", "runs/evaluate", batch_size=256)
+    parser = data.command_line("Evaluate a checkpoint, or classify --images.", "digits", "runs/evaluate", batch_size=256)
     parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help="a torchvision .pth, or imagenet, will do, too")
     parser.add_argument("--images", nargs="+", type=Path, help="pictures and folders of them, to classify without labels")
     parser.add_argument("--explain", action="store_true", help="draw where the network looked, too")

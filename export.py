@@ -14,13 +14,13 @@ is read back in a fresh process and must say of all test images what the network
 """
 
 import copy
-import importlib.util
 import json
 import logging
 import statistics
 import sys
 import tempfile
 import time
+import timeit
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 import data
 from evaluate import load_for_evaluation
@@ -40,6 +41,8 @@ BATCH = ({0: torch.export.Dim("batch", min=1)},)  # for torch.export: the first 
 CALIBRATION = 256  # training images that show int8 how large activations become
 warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation is told above
 warnings.filterwarnings("ignore", "No complete tensor found")  # torch.export's, of weights with channels last
+# ONNX Runtime advises a preprocessing, which would fold BatchNorm, too.
+logging.getLogger().addFilter(lambda record: "pre-processing before quantization" not in record.getMessage())
 
 
 def fold_batch_norm(model):
@@ -54,10 +57,7 @@ def fold_batch_norm(model):
     model = copy.deepcopy(model).eval()
     for layer in model.modules():
         if hasattr(layer, "conv") and hasattr(layer, "norm"):
-            norm, scale = layer.norm, layer.norm.weight / (layer.norm.running_var + layer.norm.eps).sqrt()  # (out,)
-            layer.conv.weight = nn.Parameter(layer.conv.weight * scale[:, None, None, None])
-            layer.conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
-            layer.norm = nn.Identity()
+            layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
     return model
 
 
@@ -75,13 +75,13 @@ class Whole(nn.Module):
 
 
 def input_batches(split, channels):
-    """Batches (images, labels) of a split as an exported file takes them: float, or uint8 of so many channels."""
+    """The images of a split in batches, as an exported file takes them: float, or uint8 of so many channels."""
     if channels:  # the pixels, as they are before `normalise`
         split = replace(split, preprocessing=split.preprocessing | {"mean": [0.0] * 3, "std": [1.0] * 3})
-    for images, labels in split.batches():
+    for images, _ in split.batches():
         if channels:
             images = (255 * images[:, :channels]).round().byte()
-        yield images.contiguous(), labels
+        yield images.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------- the formats
@@ -115,10 +115,9 @@ def export_int8(network, example, path, about, calibration):
     """ONNX with 8-bit integers: static quantisation after training (Jacob et al., arXiv:1712.05877, §2 and §3).
 
     A number r is kept as q = round(r / scale) + zero, cut to 0..255. The scale is a 255th of a range: for weights that of their
-    output channel, for activations what they reach on the `calibration` images ("static": it is fixed here), 0..6 at most
-    behind a ReLU6, which the paper chose for this (§4), and whatever it may be behind the linear projections. Weights are
-    unsigned like the activations: CPUs without VNNI add up products of unsigned and signed numbers in 16 bits, which overflow
-    unless the weights have 7 bits only, and those lost images that 8 unsigned bits do not.
+    output channel, for activations what they reach on the `calibration` images (at most 0..6 behind a ReLU6, which the
+    paper chose for this, §4). Weights are unsigned, too: CPUs without VNNI add up products of unsigned and signed numbers
+    in 16 bits, which overflow unless the weights have 7 bits only, and those lost images that 8 unsigned bits do not.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -129,9 +128,7 @@ def export_int8(network, example, path, about, calibration):
     plain = path.with_name("model.onnx")
     if not plain.exists():
         export_onnx(network, example, plain, about, None)
-    logging.disable(logging.WARNING)  # that a preprocessing is advised: it would fold BatchNorm, too
     quantize_static(plain, path, Images(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QUInt8)
-    logging.disable(logging.NOTSET)
 
 
 def load_pt2(path):
@@ -147,12 +144,11 @@ def load_onnx(path):
     return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
 
 
-ONNX = ("onnx", "onnxscript", "onnxruntime")
-FORMATS = {  # file, how it is written, how it is read, packages beside those in requirements.txt
-    "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load, ()),
-    "pt2": ("model.pt2", export_pt2, load_pt2, ()),
-    "onnx": ("model.onnx", export_onnx, load_onnx, ONNX),
-    "int8": ("model.int8.onnx", export_int8, load_onnx, ONNX),
+FORMATS = {  # file, how it is written, how it is read
+    "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load),
+    "pt2": ("model.pt2", export_pt2, load_pt2),
+    "onnx": ("model.onnx", export_onnx, load_onnx),
+    "int8": ("model.int8.onnx", export_int8, load_onnx),
 }
 
 # -------------------------------------------------------------------------------------------- the verification
@@ -160,23 +156,8 @@ FORMATS = {  # file, how it is written, how it is read, packages beside those in
 
 def time_batches(network, images, rounds):
     """Median seconds for `images`."""
-    seconds = []
-    for _ in range(3 + rounds):  # the first ones find memory, and let TorchScript optimise
-        begun = time.perf_counter()
-        network(images)
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[3:])
-
-
-def run_all(network, split, channels):
-    """Outputs (N, classes) and labels (N,) of a split, and its first inputs, 16 at most."""
-    outputs, all_labels, first = [], [], None
-    with torch.inference_mode():
-        for images, labels in input_batches(split, channels):
-            first = images[:16] if first is None else first
-            outputs += [network(part) for part in images.split(16)]
-            all_labels.append(labels)
-    return torch.cat(outputs), torch.cat(all_labels), first
+    # The first three find memory, and let TorchScript optimise.
+    return statistics.median(timeit.repeat(lambda: network(images), number=1, repeat=3 + rounds)[3:])
 
 
 def measure(load, path, split, channels, threads):
@@ -185,15 +166,15 @@ def measure(load, path, split, channels, threads):
     begun = time.perf_counter()
     network = load(path)
     took = {"load_seconds": time.perf_counter() - begun}
-    outputs, labels, images = run_all(network, split, channels)
-    took["accuracy"] = (outputs.argmax(dim=1) == labels).double().mean().item()
-    sixteen = images.repeat(16, 1, 1, 1)[:16]
     with torch.inference_mode():
+        outputs = torch.cat([network(part) for images in input_batches(split, channels) for part in images.split(16)])
+        took["accuracy"] = (outputs.argmax(dim=1) == split.labels).double().mean().item()
+        images = next(input_batches(split, channels))[:16]
         # The size of the batch must not have become a constant.
         tried = [torch.cat([network(part) for part in images.split(size)]) for size in (1, 3)]
         took["batch_difference"] = max((outputs[: len(images)] - other).abs().max().item() for other in tried)
         took["latency_ms"] = 1000 * time_batches(network, images[:1], 30)
-        took["images_per_second"] = 16 / time_batches(network, sixteen, 10)
+        took["images_per_second"] = 16 / time_batches(network, images.repeat(16, 1, 1, 1)[:16], 10)
     return outputs, took
 
 
@@ -216,66 +197,61 @@ def find_fault(name, result, images):
 ROW = "{:<12} {:<21} {:>6} {:>7} {:>8} {:>9} {:>9} {:>11} {:>9}".format
 
 
-def format_row(name, result):
-    file, size = result.get("file", "-"), f"{result['bytes'] / 1e6:.2f}" if "bytes" in result else "-"
-    numbers = [f"{result['load_seconds']:.2f}", f"{result['latency_ms']:.2f}", f"{result['images_per_second']:.0f}"]
-    numbers += [f"{result['accuracy']:.2%}", f"{result['largest_difference']:.1e}", f"{result['agreement']:.2%}"]
-    return ROW(name, file, size, *numbers)
-
-
 def main():
     parser = data.command_line("Export a checkpoint and verify the files.", "digits", "runs/export", batch_size=64)
     parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help="a torchvision .pth, or imagenet, will do, too")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="what to write")
-    text = "uint8 images in, probabilities out: no normalisation to get wrong"
-    parser.add_argument("--with-preprocessing", action="store_true", help=text)
+    parser.add_argument("--with-preprocessing", action="store_true", help="uint8 images in, probabilities out")
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         raise data.DataError(f"--out {args.out} is a file: name a folder")
     model, checkpoint, dataset, split, split_name = load_for_evaluation(args, "cpu")
     preprocessing, threads = dataset.preprocessing, torch.get_num_threads()
     channels = preprocessing["channels"] if args.with_preprocessing else None
-    plain, folded = model.to(memory_format=torch.contiguous_format), fold_batch_norm(model)
+    plain, folded = model, fold_batch_norm(model)
     if args.with_preprocessing:
         plain, folded = (Whole(network, preprocessing).eval() for network in (plain, folded))
     folded = folded.to(memory_format=torch.channels_last)
     about = {"classes": checkpoint["classes"], "preprocessing": preprocessing, "with_preprocessing": args.with_preprocessing}
-    report = {"checkpoint": args.checkpoint, **about}
-    report |= {"verified_on": f"{len(split)} images of {args.data} ({split_name})", "threads": threads, "formats": {}}
+    verified_on = f"{len(split)} images of {args.data} ({split_name})"
+    report = {"checkpoint": args.checkpoint, **about, "verified_on": verified_on, "threads": threads, "network": {}, "formats": {}}
     about = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
 
-    print(f"{threads} threads, {report['verified_on']}")
+    print(f"{threads} threads, {verified_on}")
     print(ROW("", "file", "MB", "load s", "1 in ms", "16: per s", "accuracy", "difference", "agreement"))
     expected, eager = measure(lambda _: plain, None, split, channels, threads)
-    faults = []
 
-    def compare(outputs, result):
+    def compare(name, outputs, result, file="-", size="-"):
+        """Add to `result` how the outputs differ from the network's, print it as a row of the table, and return it."""
         result["accuracy_lost"] = eager["accuracy"] - result["accuracy"]
         result["largest_difference"] = (outputs - expected).abs().max().item()
         result["agreement"] = (outputs.argmax(dim=1) == expected.argmax(dim=1)).double().mean().item()
+        speed = f"{result['load_seconds']:.2f}", f"{result['latency_ms']:.2f}", f"{result['images_per_second']:.0f}"
+        right = f"{result['accuracy']:.2%}", f"{result['largest_difference']:.1e}", f"{result['agreement']:.2%}"
+        print(ROW(name, file, size, *speed, *right), flush=True)
         return result
 
-    report["network"] = {"eager": compare(expected, eager)}
-    report["network"]["folded"] = compare(*measure(lambda _: folded, None, split, channels, threads))
-    for name, result in report["network"].items():
-        print(format_row(name, result), flush=True)
+    report["network"]["eager"] = compare("eager", expected, eager)
+    report["network"]["folded"] = compare("folded", *measure(lambda _: folded, None, split, channels, threads))
     # Not one: torch.export takes a size of 1 for a constant. A clone: it saves the example, and with a view all that is behind it.
-    example = next(input_batches(split, channels))[0][:2].clone()
+    example = next(input_batches(split, channels))[:2].clone()
     some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
+    faults = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.formats:
-            file, export, load, packages = FORMATS[name]
-            if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-                data.warn(f"no {name}, for lack of {', '.join(missing)}: pip install -r requirements-onnx.txt")
+        for name, (file, export, load) in FORMATS.items():  # in this order: int8 starts from the file of onnx
+            if name not in args.formats:
                 continue
             path = Path(folder, file)
-            calibration = ({"input": images.numpy()} for images, _ in input_batches(dataset.train.subset(some), channels))
+            calibration = ({"input": images.numpy()} for images in input_batches(dataset.train.subset(some), channels))
             try:
                 export(folded, example, path, about, calibration)
-                result = {"file": file, "bytes": path.stat().st_size}
-                result |= compare(*measure_afresh(load, path, replace(split), channels, threads))
-                print(format_row(name, result), flush=True)
+                outputs, result = measure_afresh(load, path, replace(split), channels, threads)
+                result |= {"file": file, "bytes": path.stat().st_size}
+                compare(name, outputs, result, file, f"{result['bytes'] / 1e6:.2f}")
                 fault = find_fault(name, result, len(split))
+            except ImportError as error:
+                data.warn(f"no {name} ({error}): pip install -r requirements-onnx.txt")
+                continue
             except Exception as error:  # whatever an exporter or a runtime raises for what it does not like
                 fault = f"it cannot be made or run ({type(error).__name__}: {error})"
             if fault:

@@ -360,7 +360,7 @@ def shipping(args):
     folded = export.fold_batch_norm(ours).to(memory_format=torch.channels_last)
     ways = {"torchvision, eager": theirs, "mobilenetv2.py, eager": ours, "folded, channels last": folded}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (file, write, read, _) in export.FORMATS.items():
+        for name, (file, write, read) in export.FORMATS.items():
             calibration = ({"input": torch.randn(8, 3, 224, 224).numpy()} for _ in range(4))
             write(folded, torch.randn(2, 3, 224, 224), Path(folder, file), {}, calibration)
             ways[f"{name}, {Path(folder, file).stat().st_size / 1e6:.2f} MB"] = read(Path(folder, file))
