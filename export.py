@@ -188,8 +188,8 @@ def find_fault(name, result, images):
     """Why a file must not be shipped, or None."""
     if not result["batch_difference"] <= TOLERANCE:  # NaN neither
         return "its outputs depend on the size of the batch"
-    if name == "int8" and (lost := result["accuracy_lost"]) > LOST and round(lost * images) > 1:
-        return f"it gets {round(lost * images)} more of {images} images wrong than the network"
+    if name == "int8" and (lost := round(result["accuracy_lost"] * images)) > max(LOST * images, 1):
+        return f"it gets {lost} more of {images} images wrong than the network"
     if name != "int8" and not result["largest_difference"] < TOLERANCE:
         return f"its outputs differ by up to {result['largest_difference']:.1e}"
 

@@ -90,11 +90,11 @@ def divide(model, count):
     return nn.Sequential(*layers[:cut]), backbone, nn.Sequential(model.dropout, model.classifier)
 
 
-def views_that_fit(front, split, views, images):
-    """How many passes of `images` images can be kept in KEEP_BYTES, `views` at most, or 0: the first alone has no augmentation."""
+def views_that_fit(front, split, views):
+    """How many passes over `split` can be kept in KEEP_BYTES, `views` at most, or 0: the first alone has no augmentation."""
     size = split.preprocessing["image_size"]
     with torch.no_grad():
-        needed = front(torch.zeros(1, 3, size, size, device=split.device)).nbytes * images
+        needed = front(torch.zeros(1, 3, size, size, device=split.device)).nbytes * split.epoch_size()
     room = int(KEEP_BYTES // needed)
     if room >= views:
         return views
@@ -133,13 +133,12 @@ def train_blocks(run, backbone, head, train, val, args):
     """Stage "blocks": train the last blocks, the last convolution and the classifier, on the maps of the frozen front.
 
     BatchNorm stays in eval mode: it keeps the mean and deviation of the many images that the network was trained with,
-    which the weights around it expect; of a batch of a few of yours they would be guesses. Its scale and shift are weights
-    and learn. --train-batch-norm: the statistics follow the new images, if these are many, or of quite another kind.
+    which the weights around it expect; of a batch of a few of yours they would be guesses. Its scale and shift do learn.
+    --train-batch-norm: the statistics follow the new images, if these are many, or of quite another kind.
     """
     groups = block_groups(backbone, head, args)
-    rates = f"learning rates from {groups[0]['lr']:.1g} to {groups[-1]['lr']:g}"
     blocks = "the whole network" if len(run.model.blocks) <= args.unfreeze else f"the last {args.unfreeze} blocks and what follows"
-    print(f"stage blocks: {blocks}, {rates}", flush=True)
+    print(f"stage blocks: {blocks}, learning rates from {groups[0]['lr']:.1g} to {groups[-1]['lr']:g}", flush=True)
     trained = [backbone, head] if args.train_batch_norm else [head]
     fit(run, "blocks", nn.Sequential(backbone, head), trained, train, val, torch.optim.AdamW(groups), args.epochs)
 
@@ -154,8 +153,8 @@ def tune(run, model, dataset, args):
         # What is in memory is augmented for next to nothing, and learns best from new images all the time (a loss of 0.19
         # instead of 0.21 on a third of the training digits, left out by writers); photos must be decoded, too.
         views = 4 if isinstance(train, data.FolderSplit) else 0
-    train = freeze(front, train, views_that_fit(front, train, views, train.epoch_size()))
-    val = freeze(front, val, views_that_fit(front, val, 1, len(val)))
+    train = freeze(front, train, views_that_fit(front, train, views))
+    val = freeze(front, val, views_that_fit(front, val, 1))
     if run.state is None or run.state["stage"] == "head":
         train_head(run, backbone, head, train, val, args)
         # Stage "blocks" starts from the best head, and best.pt is replaced only by what is no worse.

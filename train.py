@@ -154,15 +154,14 @@ class Run:
     def restore(self, path):
         """Go back to where `path` was written. Raises DataError unless it was written with the same settings."""
         model, checkpoint = load_checkpoint(path)
-        if "state" not in checkpoint:
-            raise data.DataError(f"'{path}' is not the last.pt of a run: put that back, or --overwrite it")
-        settings = checkpoint["settings"]
+        settings = checkpoint.get("settings", self.settings)
         names = [name for name in self.settings | settings if self.settings.get(name) != settings.get(name)]
         if names:
             was = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in names)
             raise data.DataError(f"'{path}' was made with {was}: give the same to --resume it, or --overwrite it")
-        if (model.arch, checkpoint["classes"]) != (self.model.arch, self.dataset.classes):
-            raise data.DataError(f"'{path}' has other classes or another network than --data and --checkpoint: --overwrite it")
+        if "state" not in checkpoint or (model.arch, checkpoint["classes"]) != (self.model.arch, self.dataset.classes):
+            other = "has other classes or another network than --data and --checkpoint"
+            raise data.DataError(f"'{path}' is not the last.pt of a run, or {other}: --overwrite it")
         self.model.load_state_dict(model.state_dict())
         self.history, self.state = checkpoint["history"], checkpoint["state"]
         self.keep_best()
