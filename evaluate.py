@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint runs/train/best.pt --data glyphs
     python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain       # what is on them, and where
 
-`confusion_matrix` counts, `classification_report` divides. The test split is used here only: what was chosen was chosen on validation.
+`confusion_matrix` counts, `classification_report` divides. The test split is used here only; choices were made on validation.
 """
 
 import csv

@@ -147,14 +147,13 @@ def tune(run, model, dataset, args):
     """Both stages, or what is left of them in a run that was resumed; best.pt is then the best of both."""
     model.eval()
     front, backbone, head = divide(model, args.unfreeze)
-    train, val = dataset.train, dataset.val
     views = args.views
     if views is None:
         # What is in memory is augmented for next to nothing, and learns best from new images all the time (a loss of 0.19
         # instead of 0.21 on a third of the training digits, left out by writers); photos must be decoded, too.
-        views = 4 if isinstance(train, data.FolderSplit) else 0
-    train = freeze(front, train, views_that_fit(front, train, views))
-    val = freeze(front, val, views_that_fit(front, val, 1))
+        views = 4 if isinstance(dataset.train, data.FolderSplit) else 0
+    train = freeze(front, dataset.train, views_that_fit(front, dataset.train, views))
+    val = freeze(front, dataset.val, views_that_fit(front, dataset.val, 1))
     if run.state is None or run.state["stage"] == "head":
         train_head(run, backbone, head, train, val, args)
         # Stage "blocks" starts from the best head, and best.pt is replaced only by what is no worse.
@@ -193,7 +192,7 @@ def command_line():
     parser.add_argument("--checkpoint", default="runs/train/best.pt", help="to start from; or a torchvision .pth, or imagenet")
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="None: as the checkpoint has it")
     data.add_number(parser, "--head-epochs", int, 1, 100_000, 20, "epochs of stage head")
-    data.add_number(parser, "--unfreeze", blocks_or_all, 0, 17, 11, "last blocks that stage blocks trains; 17 or all: the stem, too")
+    data.add_number(parser, "--unfreeze", blocks_or_all, 0, 17, 11, "last blocks to train in stage blocks; all: and the stem")
     text = "passes over the images that stage blocks keeps, augmented but the first; 0: new ones in every epoch; None: 4 of photos"
     data.add_number(parser, "--views", int, 0, 1000, None, text)
     parser.add_argument("--train-batch-norm", action="store_true", help="its statistics follow the new images")

@@ -191,7 +191,8 @@ class Run:
 
     def save(self, name, **more):
         if data.processes()[0] == 0:
-            save_checkpoint(self.folder / name, self.model, self.dataset.classes, self.dataset.preprocessing, self.history, **more)
+            classes, preprocessing = self.dataset.classes, self.dataset.preprocessing
+            save_checkpoint(self.folder / name, self.model, classes, preprocessing, self.history, **more)
 
     def eta(self, part=0.0):
         """Time left in the stage, as its epochs so far and the `part` of the one that runs lead to expect."""
@@ -299,7 +300,7 @@ def average_statistics(network):
 
 
 def begin(args):
-    """Join the processes that torchrun has started, if it has, and seed the first weights. Returns the device. Raises DataError."""
+    """Join torchrun's processes, if it has started any, and seed the first weights. Returns the device. Raises DataError."""
     if args.resume and not (args.out / "last.pt").exists():
         raise data.DataError(f"there is no run to resume in '{args.out}': name its folder with --out")
     if (args.out / "last.pt").exists() and not (args.resume or args.overwrite):
