@@ -224,7 +224,8 @@ def test_a_file_that_differs_is_deleted_and_named_and_the_others_are_written(sma
     right = export.FORMATS["torchscript"]
     monkeypatch.setattr(export, "FORMATS", {"wrong": wrong, "unreadable": unreadable, "torchscript": right})
     (tmp_path / "wrong.pt").write_bytes(b"of an earlier network")
-    code, out, err = call(export, "--checkpoint", small, "--out", tmp_path)
+    given = ("--formats", "torchscript", "unreadable", "wrong")  # they come in the order of FORMATS
+    code, out, err = call(export, "--checkpoint", small, "--out", tmp_path, *given)
     assert code == 1 and err.startswith("export.py: not written, for wrong.pt: its outputs differ by up to ")
     assert "; unreadable.pt: it cannot be made or run (ZeroDivisionError: division by zero)" in err and len(err.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"model.torchscript.pt", "labels.txt", "report.json"}
