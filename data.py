@@ -121,8 +121,10 @@ def choose_per_class(labels, classes, per_class, seed):
 
 
 def memory_format(device):
-    """Channels last is fastest, except on Apple's GPUs, where gradients then take 30 times as long."""
-    # https://github.com/pytorch/pytorch/issues/193349
+    """How a network and its images lie in memory: all channels of a pixel side by side, as convolutions like it.
+
+    On Apple's GPUs gradients then take 30 times as long (https://github.com/pytorch/pytorch/issues/193349).
+    """
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import shlex
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -100,9 +101,14 @@ def find_notes(confusion, classes):
     return notes + ([f"most often confused: {', '.join(pairs)}"] if pairs else [])
 
 
+def measure_text(name):
+    """Columns in a terminal, where a Chinese character is as wide as two Latin ones."""
+    return len(name) + sum(unicodedata.east_asian_width(character) in "WF" for character in name)
+
+
 def format_report(report, scores, classes):
     """The report as aligned text, a line a class, in scikit-learn's form."""
-    width = max(map(len, (*classes, "weighted avg")))
+    width = max(map(measure_text, (*classes, "weighted avg")))
     lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
     total = sum(row["support"] for row in report["per_class"])
     averages = [(f"{name} avg", report[name] | {"support": total}) for name in ("macro", "weighted")]
@@ -110,7 +116,8 @@ def format_report(report, scores, classes):
         if name == "macro avg":
             lines += ["", f"{'accuracy':>{width}}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
         precision, recall, f1, support = row.values()
-        lines.append(f"{name:>{width}}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
+        space = " " * (width - measure_text(name))
+        lines.append(f"{space}{name}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
     lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
     return "\n".join(lines)
 

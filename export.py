@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval
 
 import data
 from evaluate import load_for_evaluation
@@ -57,7 +56,10 @@ def fold_batch_norm(model):
     model = copy.deepcopy(model).eval()
     for layer in model.modules():
         if hasattr(layer, "conv") and hasattr(layer, "norm"):
-            layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
+            norm, scale = layer.norm, layer.norm.weight / (layer.norm.running_var + layer.norm.eps).sqrt()  # (out,)
+            layer.conv.weight = nn.Parameter(layer.conv.weight * scale[:, None, None, None])
+            layer.conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
+            layer.norm = nn.Identity()
     return model
 
 

@@ -319,7 +319,8 @@ def begin(args):
     return device
 
 
-def main():
+def parse_arguments(arguments=None):
+    """The options, those of the command line if no list of them is given."""
     parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train")
     data.add_training_options(parser)
     parser.add_argument("--recipe", choices=RECIPES, default="small", help="what the options in it are by default")
@@ -328,22 +329,31 @@ def main():
     data.add_number(parser, "--width", float, 0.05, 4, 0.5, "width multiplier")
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="32 is for photos")
     parser.set_defaults(weight_decay=4e-5, **RECIPES["small"])  # what --help shows
-    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
-    args = parser.parse_args()
+    parser.set_defaults(**RECIPES[parser.parse_known_args(arguments)[0].recipe])
+    return parser.parse_args(arguments)
+
+
+def train_network(args, model, dataset):
+    """Train `model` on `dataset` as the options ask for. Returns the Run."""
+    groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
+    if args.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)  # eps as in TensorFlow's models/slim
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    run = Run(args, model, dataset)
+    fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args.epochs)
+    return run
+
+
+def main():
+    args = parse_arguments()
     device = begin(args)
     dataset = data.load_for(args, device=device)
     counts = f"{len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
     print(f"{args.data}: {counts} of {dataset.preprocessing['image_size']} pixels, on {device}")
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
     model.to(device, memory_format=data.memory_format(device))
-    groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
-    if args.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)  # eps as in TensorFlow's models/slim
-    else:
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-
-    run = Run(args, model, dataset)
-    fit(run, "scratch", model, [model], dataset.train, dataset.val, optimizer, args.epochs)
+    run = train_network(args, model, dataset)
     run.finish()
     print(f"  or: python finetune.py --checkpoint {shlex.quote(str(args.out / 'best.pt'))} --data NAME_OR_FOLDER")
 

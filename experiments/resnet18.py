@@ -65,12 +65,9 @@ class ResNet18(nn.Module):
 
 def learn_letters(model, args, folder):
     """Train `model` on the glyphs, as train.py does by default, for --letter-epochs."""
-    settings = finetune.command_line().parse_args(["--out", str(folder), "--seed", str(args.seed)])
-    dataset = data.load_data("glyphs", batch_size=64, seed=args.seed)
-    groups = train.parameter_groups(model.parameters(), train.RECIPES["small"]["learning_rate"], weight_decay=4e-5)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    run = train.Run(settings, model, dataset)
-    train.fit(run, "letters", model, [model], dataset.train, dataset.val, optimizer, args.letter_epochs)
+    options = ["--out", str(folder), "--seed", str(args.seed), "--epochs", str(args.letter_epochs)]
+    settings = train.parse_arguments(options)
+    train.train_network(settings, model, data.load_for(settings))
     model.load_state_dict(read_file(folder / "best.pt")["model"])
 
 
