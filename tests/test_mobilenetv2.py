@@ -586,7 +586,8 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("width, size, million_macs, million_parameters", PUBLISHED)
 def test_costs_are_the_published_ones(width, size, million_macs, million_parameters):
-    model = MobileNetV2(width_mult=width)
+    with torch.device("meta"):  # shapes without numbers
+        model = MobileNetV2(width_mult=width)
     assert count_macs(model, size) // 1_000_000 == million_macs
     assert round(count_parameters(model, batch_norm=False) / 1e6, 2) == million_parameters
 
