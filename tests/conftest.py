@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 import urllib.request
 from pathlib import Path
 
@@ -24,16 +25,23 @@ from mobilenetv2 import CheckpointError, MobileNetV2  # noqa: E402
 
 def load_class(path):
     """The class MobileNetV2 of somebody's file. Raises UsageError, which pytest tells in one line."""
-    sys.path.append(str(path.resolve().parent))  # it may import what lies beside it
+    modules = {name: sys.modules.pop(name) for name in [file.stem for file in ROOT.glob("*.py")] if name in sys.modules}
+    sys.path.insert(0, str(path.resolve().parent))  # what it imports lies beside it, even if it is called data.py
     try:
         spec = importlib.util.spec_from_file_location("implementation", path)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules["implementation"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         found = module.MobileNetV2
-    except Exception as error:  # a student's file may raise anything
-        raise pytest.UsageError(f"--implementation {path}: no class MobileNetV2 ({type(error).__name__}: {error})") from error
-    if not inspect.isclass(found):
-        raise pytest.UsageError(f"--implementation {path}: MobileNetV2 is no class")
+    except (Exception, SystemExit) as error:  # a student's file may raise anything
+        lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        fault = f"{type(error).__name__}{''.join(lines[-1:])}: {' '.join(str(error).split())}"
+        mend = "a Python file is wanted, with a class MobileNetV2, and what it runs under if __name__ == '__main__':"
+        raise pytest.UsageError(f"--implementation {path}: {fault} ({mend})") from error
+    finally:
+        sys.path.pop(0)
+        sys.modules.update(modules)
+    if not inspect.isclass(found) or found.__module__.startswith("torchvision"):
+        raise pytest.UsageError(f"--implementation {path}: MobileNetV2 is {found!r}, and not a class of its own")
     return found
 
 
