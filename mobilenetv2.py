@@ -297,8 +297,11 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **more):
             each, of pixels in 0..1).
         history: list of dicts, one an epoch.
         more: tensors and plain values that belong to the training and not to the network, such as the optimiser's state.
-    Raises OSError when the file cannot be written; a file of that name that was there before is then untouched.
+    Raises ValueError if the classes are not as many as the logits, and OSError when the file cannot be written; a file of
+    that name that was there before is then untouched.
     """
+    if len(classes) != model.arch["num_classes"]:
+        raise ValueError(f"{len(classes)} names for a network of {model.arch['num_classes']} classes")
     checkpoint = {
         "model": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
         "arch": dict(model.arch),
@@ -354,7 +357,7 @@ def check_checkpoint(checkpoint, path):
     types = {"model": dict, "arch": dict, "classes": list, "preprocessing": dict, "history": list}
     wrong = [part for part, kind in types.items() if not isinstance(checkpoint.get(part), kind)]
     if wrong:
-        raise CheckpointError(f"'{path}' is not a checkpoint of this project: it has no '{wrong[0]}'; train another")
+        raise CheckpointError(f"'{path}' is not a checkpoint of this project: it has no '{wrong[0]}', as save_checkpoint writes")
     named, known = len(checkpoint["classes"]), checkpoint["arch"].get("num_classes")
     if named != known:
         raise CheckpointError(f"'{path}' contradicts itself: it names {named} classes for a network of {known}")

@@ -58,7 +58,10 @@ WRONG = {
         "first the 1×1 convolution to 1280",
         ("x = self.head(x)", "x = self.head(x.mean(dim=(2, 3), keepdim=True))"),
     ),
-    "maximum for average": ("of the 7 × 7 places, the maximum, expected their average", (POOLING, "return x.amax(dim=(2, 3))")),
+    "maximum for average": (
+        "of the 7 × 7 places the classifier takes the maximum, expected their average",
+        (POOLING, "return x.amax(dim=(2, 3))"),
+    ),
     "flattened for averaged": (
         "from 5120 to 1000",
         (POOLING, "return x.flatten(1)"),
@@ -145,8 +148,12 @@ WRONG = {
         (HEAD, "self.list = [convolution(channels, head_channels, 1)]"),
         ("x = self.head(x)", "x = self.list[0](x)"),
     ),
+    "a temperature": ("^the classifier is followed by something else", (FORWARD, FORWARD + " / 0.1")),
     "a squeeze that takes the batch": (r"one image gives \(1000,\), expected \(1, 1000\)", (FORWARD, FORWARD + ".squeeze()")),
-    "a number of classes of its own": (r"num_classes=7 gives \(2, 1000\)", (CLASSIFIER, CLASSIFIER.replace("num_classes", "1000"))),
+    "a number of classes of its own": (
+        r"num_classes=7 gives \(2, 1000\)",
+        (CLASSIFIER, CLASSIFIER.replace("num_classes", "1000")),
+    ),
     "a tuple": ("forward returns tuple, expected one tensor", (FORWARD, FORWARD + ", x")),
     "nothing returned": ("forward returns NoneType", (FORWARD, FORWARD.replace("return ", ""))),
     "not a number": ("some logits are NaN", (FORWARD, FORWARD + " * float('nan')")),
@@ -161,7 +168,7 @@ WRONG = {
         (CLASSIFIER, "self.classifier = nn.Conv2d(head_channels, num_classes, 1)"),
         (FORWARD, FORWARD + ".mean(dim=(2, 3))"),
     ),
-    "sum for average": ("of the 7 × 7 places, the sum", (POOLING, "return x.sum(dim=(2, 3))")),
+    "sum for average": ("of the 7 × 7 places the classifier takes the sum", (POOLING, "return x.sum(dim=(2, 3))")),
     "a shortcut wherever the stride is 1": (
         "a shortcut is only where the channels agree",
         ("self.use_residual = stride == 1 and in_channels == out_channels", "self.use_residual = stride == 1"),
