@@ -90,9 +90,9 @@ def plot(curves, accuracies, args):
     """Validation accuracy epoch by epoch, a line a variant, with the deviation over seeds as a bar."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, (_, colour)), shift in zip(VARIANTS.items(), (-0.06, -0.02, 0.02, 0.06), strict=True):
+    for index, (name, (_, colour)) in enumerate(VARIANTS.items()):
         columns = [[100 * value for value in column] for column in zip(*curves[name], strict=True)]  # (epochs, seeds)
-        places = [epoch + 1 + shift for epoch in range(args.epochs)]
+        places = [epoch + 0.94 + 0.04 * index for epoch in range(args.epochs)]  # beside each other
         label = "{}: test {:.1f} ± {:.1f}%".format(name, *accuracies[name])
         means, deviations = map(statistics.mean, columns), map(statistics.stdev, columns)
         axes.errorbar(places, list(means), list(deviations), fmt=".-", color=colour, capsize=3, label=label)

@@ -6,14 +6,16 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from test_data import write_image
 
 import finetune
 import train
+from mobilenetv2 import MobileNetV2
 
 sys.path.insert(0, str(ROOT / "experiments"))
-few_labels, resnet18 = (importlib.import_module(name) for name in ("few_labels", "resnet18"))
+few_labels, resnet18, ablation = (importlib.import_module(name) for name in ("few_labels", "resnet18", "ablation"))
 
 
 def test_few_labels_compares_four_ways_that_the_scripts_accept(trained, tmp_path, call, monkeypatch):
@@ -60,3 +62,48 @@ def test_resnet18_goes_through_the_same_two_stages(tmp_path, call, monkeypatch):
     header, ours, theirs = (line.split() for line in out.splitlines()[-3:])
     assert code == 0 and header == ["network", "accuracy", "parameters", "multiply-adds", "time"]
     assert (ours[0], ours[2], theirs[0], theirs[2]) == ("MobileNetV2", "2,226,434", "ResNet18", "11,177,538")
+
+
+def count_shortcuts(model, images):
+    """Additions that run for some images."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        model(images)
+    return sum(event.name == "aten::add" for event in profile.events())
+
+
+def test_ablation_changes_what_it_says():
+    images, blocks = torch.randn(2, 3, 32, 32), {}
+    for name, (change, _) in ablation.VARIANTS.items():
+        torch.manual_seed(0)
+        model = MobileNetV2(5, 0.35, output_stride=16).eval()
+        weights = list(model.state_dict())
+        change(model)
+        assert list(model.state_dict()) == weights
+        blocks[name] = count_shortcuts(model, images), bool((model.blocks(model.stem(images)) < 0).any())
+    assert blocks == {
+        "the paper's": (10, True),
+        "ReLU6 in bottlenecks": (10, False),
+        "wide shortcuts": (10, True),
+        "no shortcuts": (0, True),
+    }
+
+
+def test_wide_shortcuts_add_what_the_last_expansion_gave():
+    blocks = MobileNetV2(5, 0.35).eval().blocks[4:6]  # both from 16 channels to 16, at the same size
+    x = torch.randn(1, 16, 8, 8)
+    wide = blocks[0].expand(x)
+    between = blocks[0].project(blocks[0].depthwise(wide))
+    expected = blocks[1].project(blocks[1].depthwise(blocks[1].expand(between) + wide))
+    assert torch.equal(ablation.WideShortcuts(*blocks)(x), expected)
+
+
+def test_ablation_ends_in_a_table_and_a_picture(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(ablation, "VARIANTS", dict(list(ablation.VARIANTS.items())[2:3]))
+    options = ("--data", "digits", "--epochs", 1, "--seeds", 2, "--width", 0.35, "--out", tmp_path)
+    code, out, _ = call(ablation, *options)
+    assert code == 0 and out.endswith(f"wrote ablation.csv and ablation.png to {tmp_path}\n")
+    with open(tmp_path / "ablation.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["variant"] == "wide shortcuts" and 0 < float(row["test accuracy"]) <= 100
+    assert f"{row['variant']:22}{row['test accuracy']:>7} ± {row['deviation']}%" in out
+    assert (tmp_path / "ablation.png").exists()
