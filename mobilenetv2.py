@@ -28,8 +28,9 @@ import torch
 from torch import nn
 
 # Table 2 of the paper, the rows between the first and the last convolution. Each row is a group of n inverted
-# residuals; only the first one of a group has the stride s and changes the number of channels. (The first version on arXiv had the
-# stride 2 of the row of 64 in that of 96: 416 million multiply-adds, where the text has 300. Copies of it are still around.)
+# residuals; only the first one of a group has the stride s and changes the number of channels. (The first version on arXiv
+# was at odds with itself here, and copies with the stride 2 of the row of 64 in that of 96 are still around: 416 million
+# multiply-adds, where the text has 300.)
 #   t: expansion, how many times wider the block is inside than at its ends
 #   c: output channels
 #   n: how many blocks
@@ -80,7 +81,7 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     """Convolution, batch normalisation and, unless `activation` is False, ReLU6: (N, in, H, W) -> (N, out, H/s, W/s).
 
     The convolution has no bias: the normalisation that follows would subtract it again and adds its own.
-    ReLU6 is min(max(x, 0), 6): what lies in a known range can be told in 8 bits, and rounds little (§4 of the paper).
+    ReLU6 is min(max(x, 0), 6): values in a range known beforehand fit in 8 bits with little rounding error (§4 of the paper).
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels))
@@ -98,7 +99,8 @@ class InvertedResidual(nn.Module):
         h/s × w/s × tk     1×1 convolution, linear       h/s × w/s × k'      .project
 
     Depthwise separable (§3.1): in a dense 3×3 convolution each output channel has a filter for each input channel, 9 · k · k'
-    multiply-adds a pixel. One filter a channel and then a 1×1 convolution that mixes them cost k · (9 + k'), 8 to 9 times less.
+    multiply-adds a pixel. One filter a channel and then a 1×1 convolution that mixes them cost k · (9 + k'): 6 to 9 times less
+    in this network.
     Inverted (§3.3): a ResNet's shortcut joins the wide ends of a block that is narrow inside; here it joins the
     narrow ends of a block that is wide inside, so that what must be kept in memory between blocks is small.
     Linear (§3.2): no activation after the projection. ReLU sets every negative value to zero: among many
@@ -113,7 +115,7 @@ class InvertedResidual(nn.Module):
         if stride not in (1, 2):
             raise ValueError(f"stride is {stride}: a block has stride 1 or 2")
         wide = in_channels * expansion
-        # t = 1 (the first block only) would expand nothing: as in both reference implementations it has no expansion.
+        # t = 1 (the first block only) would expand nothing: as in TensorFlow's and torchvision's code it has no expansion.
         self.expand = nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1)
         # groups = channels: one 3×3 filter for each.
         self.depthwise = convolution(wide, wide, 3, stride, groups=wide)
@@ -141,7 +143,7 @@ class MobileNetV2(nn.Module):
             many classes need as many features, however thin what computes them.
         dropout: probability in front of the classifier; 0.2 as in torchvision. The paper does not give one.
         output_stride: 32 (the paper), 16 or 8: image size over size of the last feature map. Of 32 pixels, 16 leaves 2 × 2
-            and 8 leaves 4 × 4, for 3.5 times the multiply-adds. The weights have the same shapes whatever it is.
+            and 8 leaves 4 × 4; each step costs 3.5 times the multiply-adds. The weights have the same shapes whatever it is.
 
     Shape: (N, 3, S, S) -> (N, num_classes) logits; S is 224 in the paper.
     Raises ValueError for an argument out of its range.

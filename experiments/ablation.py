@@ -1,14 +1,16 @@
 """The paper's claims, live: what becomes of the accuracy when a block is built otherwise? Figure 6 of the paper, in small.
 
     python experiments/ablation.py                       # letters, three seeds, the settings of train.py
+    python experiments/ablation.py --epochs 3            # the table and the picture in the README
 
     the paper's            linear bottlenecks, and shortcuts between them
     ReLU6 in bottlenecks   an activation after each projection (§3.2 and Figure 6a: it destroys information)
-    wide shortcuts         as many, but between the expanded ends of the blocks, as in a ResNet (§3.3 and Figure 6b)
+    wide shortcuts         as many, but between the expanded ends of the blocks, behind their ReLU6 (§3.3 and Figure 6b)
     no shortcuts           (Figure 6b)
 
 Each changes a network that is built already, and none its weights: all begin with the same ones, and see the same images. The
-best epoch is chosen on the validation split; the accuracy is that on the test split. Mean and standard deviation over seeds.
+best epoch is chosen on the validation split; the accuracy is that on the test split, or where there is none on the validation
+split. All on the CPU, with the rate that was chosen for the paper's block. Mean and standard deviation over seeds.
 """
 
 import argparse

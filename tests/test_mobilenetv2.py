@@ -265,7 +265,7 @@ def explain_layers(recorder):
     if len(layers) == len(expected) + 1 and layers[1].kernel == (1, 1):
         return (
             f"the first block begins with a 1×1 convolution to {layers[1].out_channels} channels. Its row in Table 2 has t = 1:"
-            " nothing is expanded, so that it begins with the depthwise convolution (both reference implementations do)."
+            " nothing is expanded, so that it begins with the depthwise convolution (as in TensorFlow's and torchvision's code)."
         )
     if len(layers) == len(expected) - 1 and layers[-1].in_channels == 320:
         return "the head is missing: after the blocks, row 9 of Table 2 has a 1×1 convolution from 320 to 1280 channels."
@@ -362,7 +362,7 @@ def test_strides(network_class):
     expect(
         rows != {64: 1, 96: 2},
         "the row of 64 channels has stride 1 and that of 96 has stride 2, expected 2 and 1. That is the typo of Table 2 in the paper's"
-        " first version (arXiv:1801.04381v1): it costs 416M multiply-adds, where the text has 300M.",
+        " first version (arXiv:1801.04381v1), and costs 416M multiply-adds, where the text has 300M.",
     )
     for found, expected in pairs:
         strides = [layer.stride[0] if len(set(layer.stride)) == 1 else layer.stride for layer in (found, expected)]
