@@ -431,6 +431,13 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+
+
+def name_fit(ways, before, after):
+    """The first of the named functions that makes `after` of `before`."""
+    return next((name for name, function in ways.items() if same(function(before), after)), "something else")
+
+
 MODES = pytest.mark.parametrize("training", (False, True), ids=("eval", "training"))
 
 
@@ -443,8 +450,7 @@ def test_relu6_behind_all_convolutions_but_the_projection(network_class, trainin
     pairs = aligned(network_class, training)
     for (found, expected), (after, _) in zip(pairs[:-2], pairs[1:-1], strict=True):
         if "projection" not in expected.name:
-            fits = (name for name, function in ACTIVATIONS.items() if same(function(found.output()), after.call.taken))
-            expect_relu6(next(fits, "something else"), expected, training)
+            expect_relu6(name_fit(ACTIVATIONS, found.output(), after.call.taken), expected, training)
     if not training:  # where dropout would come between
         head, pooled = pairs[-2][0].output(), pairs[-1][0].call.taken.flatten(1)
         fits = [name for name, function in ACTIVATIONS.items() if same(function(head).mean(dim=(2, 3)), pooled)]
@@ -508,8 +514,12 @@ def test_shortcuts_between_the_bottlenecks(network_class, training):
 def test_global_average_pooling_behind_the_head(network_class):
     pairs = aligned(network_class)
     head, pooled = pairs[-2][0].output().clamp(0, 6), pairs[-1][0].call.taken.flatten(1)
-    ways = {"average": head.mean(dim=(2, 3)), "the maximum": head.amax(dim=(2, 3)), "the sum": head.sum(dim=(2, 3))}
-    way = next((name for name, value in ways.items() if same(value, pooled)), "something else")
+    ways = {
+        "average": lambda maps: maps.mean(dim=(2, 3)),
+        "the maximum": lambda maps: maps.amax(dim=(2, 3)),
+        "the sum": lambda maps: maps.sum(dim=(2, 3)),
+    }
+    way = name_fit(ways, head, pooled)
     expect(way == "average", f"of the 7 × 7 places the classifier takes {way}, expected their average (Table 2: avgpool).")
 
 
@@ -520,8 +530,7 @@ def test_the_network_ends_in_logits(network_class, training):
     if call.name == "mm":  # a bias that is added by itself: the same for each image
         found = found + (logits - found)[:1]
     ways = ACTIVATIONS | {"softmax": lambda x: x.softmax(dim=1), "log-softmax": lambda x: x.log_softmax(dim=1)}
-    fits = (name for name, function in ways.items() if same(function(found), logits))
-    way = next(fits, "something else")
+    way = name_fit(ways, found, logits)
     why = "cross_entropy applies the softmax itself: of probabilities it would take it a second time, and hardly learn"
     why = f": {why}" if "softmax" in way else ""
     expect(way == "no activation", f"{in_mode(training)}the classifier is followed by {way}, expected nothing{why}.")
@@ -588,7 +597,8 @@ def learned_tensors(recorder):
     used = []
     for call in recorder.calls:
         linear = call.name in ("addmm", "mm")
-        tensors = [weight(call).t(), call.arguments[0]] if linear else call.arguments[1:5]
+        bias = call.arguments[:1] if call.name == "addmm" else ()
+        tensors = [weight(call).t(), *bias] if linear else call.arguments[1:5]
         used += [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
     return used
 
