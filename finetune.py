@@ -16,7 +16,7 @@ from torch import nn
 
 import data
 from mobilenetv2 import CheckpointError, load_pretrained, read_file, read_pretrained, replace_classifier
-from train import Run, begin, fit, parameter_groups
+from train import Run, announce, begin, fit, parameter_groups
 
 BACKBONE_RATE = 0.5  # learning rate of the last convolution, as a share of the classifier's
 BLOCK_DECAY = 0.9  # that of each block, as a share of the rate of the layer behind it
@@ -169,8 +169,7 @@ def start(args, device):
     preprocessing = {key: source["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, preprocessing, device)
     model = load_pretrained(source, output_stride=args.output_stride)
-    counts = f"{len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
-    print(f"{args.data}: {counts} of {dataset.preprocessing['image_size']} pixels, on {device}")
+    announce(args, dataset, device)
     arch = f"width {model.arch['width_mult']:g}, output stride {model.arch['output_stride']}"
     print(f"from {args.checkpoint}: stem, 17 blocks and last convolution, {arch}")
     if source["classes"] == dataset.classes:

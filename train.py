@@ -319,6 +319,12 @@ def begin(args):
     return device
 
 
+def announce(args, dataset, device):
+    """Say what will be trained on."""
+    counts = f"{len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
+    print(f"{args.data}: {counts} of {dataset.preprocessing['image_size']} pixels, on {device}")
+
+
 def parse_arguments(arguments=None):
     """The options, those of the command line if no list of them is given."""
     parser = data.command_line("Train MobileNetV2 from scratch.", "glyphs", "runs/train")
@@ -349,8 +355,7 @@ def main():
     args = parse_arguments()
     device = begin(args)
     dataset = data.load_for(args, device=device)
-    counts = f"{len(dataset.classes)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
-    print(f"{args.data}: {counts} of {dataset.preprocessing['image_size']} pixels, on {device}")
+    announce(args, dataset, device)
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
     model.to(device, memory_format=data.memory_format(device))
     run = train_network(args, model, dataset)
