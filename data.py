@@ -1,18 +1,22 @@
-"""Every data set as batches that are ready for the network, and what the scripts share beside it.
+"""Load a dataset by name or folder, as batches that are ready for the network.
 
-An image walks: file or array -> uint8 (C, H, W) -> augmentation (training only) -> normalisation -> float (N, 3, S, S).
+An image takes this path: file or array -> uint8 (C, H, W) -> augmentation (training only) ->
+normalisation -> float (N, 3, S, S).
 
-    glyphs                           37 classes of printed letters, drawn here from the fonts that matplotlib carries
-    digits                           1,797 handwritten digits of 8 × 8 pixels, in digits.npz beside this file
-    mnist, fashion-mnist, cifar10    60,000 small images each, from --data-dir, or downloaded into it
+    glyphs                           37 classes of printed letters, drawn from matplotlib's fonts
+    digits                           1,797 handwritten digits of 8 × 8 pixels, from digits.npz
+    mnist, fashion-mnist, cifar10    60,000 or 70,000 small images, in --data-dir or downloaded
     flowers                          3,670 photos of five kinds, likewise
     a folder                         path/<class>/*.jpg, or path/{train,val,test}/<class>/*.jpg
 
-Small images live in memory as one uint8 tensor and are augmented a whole batch at a time (`ArraySplit`); photos
-stay on the disk and are decoded by worker processes (`FolderSplit`). Both give the same thing: `split.batches()`.
+Small images stay in memory, and `ArrayDataset` augments a whole batch at once. Photos stay on disk,
+and `PhotoDataset` decodes them one by one. Terms used here:
 
-    python data.py --data photos                     # classes, counts and channel statistics; pictures of what training sees
-    python data.py --split photos photos-split       # a copy, divided into train, val and test
+    split            train, val (validation, for all choices) or test (used once, at the end)
+    preprocessing    image size, crop, channels, and the mean and std that normalise pixels
+    augmentation     random changes of training images that keep their class
+
+    python data.py --data photos                     # count the images and draw some of them
 """
 
 import argparse
@@ -23,15 +27,13 @@ import shlex
 import shutil
 import signal
 import sys
-import tarfile
 import tempfile
-import unicodedata
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import matplotlib
 import numpy
@@ -39,875 +41,583 @@ import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import distributed
 from torch.nn import functional
-from torch.utils.data import DataLoader, default_convert
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision import datasets
 from torchvision.transforms import v2
 
-# What a network is trained with, unless it starts from a checkpoint, which says so itself. Mean and deviation are of pixels
-# in 0..1: of augmented glyphs, for digits, too; of the training images of MNIST, Fashion-MNIST and CIFAR-10 at their own size
-# (`python data.py` measures resized ones); of ImageNet, for all photos.
-# crop: the share of an image's shorter side that is shown, of photos 224 / 256, as is customary for ImageNet.
+# Mean and std are for pixels in 0..1: measured on augmented glyphs (also used for digits), on the
+# training images of MNIST, Fashion-MNIST and CIFAR-10, and ImageNet's for photos.
+# crop: used share of the shorter side; 224 / 256 is usual for ImageNet.
 SMALL = {"image_size": 32, "crop": 1.0, "channels": 1, "mean": [0.25] * 3, "std": [0.3] * 3}
+PHOTOS = {"image_size": 224, "crop": 0.875, "channels": 3}
+PHOTOS |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+CIFAR10 = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616], "channels": 3}
 PREPROCESSING = {
     "glyphs": SMALL,
     "digits": SMALL,
     "mnist": SMALL | {"mean": [0.1307] * 3, "std": [0.3081] * 3},
     "fashion-mnist": SMALL | {"mean": [0.2860] * 3, "std": [0.3530] * 3},
-    "cifar10": SMALL | {"channels": 3, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]},
-    "flowers": {"image_size": 224, "crop": 0.875, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    "cifar10": SMALL | CIFAR10,
+    "flowers": PHOTOS,
 }
-
+REPEATS = {"glyphs": 32, "digits": 4}  # passes per epoch, each with new augmentations
+FOLDER_EPOCH = 320  # a small folder is repeated until an epoch has this many images
+# Convolutions are faster with all channels of a pixel together, but gradients on Apple's GPUs are
+# 30 times slower (pytorch/pytorch#193349).
+APPLE = torch.backends.mps.is_available()
+MEMORY_FORMAT = torch.contiguous_format if APPLE else torch.channels_last
+# torchrun starts several processes of a script and numbers them by rank.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 class DataError(ValueError):
-    """Data or an option that cannot be used. The message says what is wrong and how to mend it, in one line."""
-
+    """Data or an option that cannot be used. The message names the problem and the fix."""
 
 @dataclass
 class Data:
-    """A data set: class names in the order of the labels, how images become tensors, and its splits."""
+    """A dataset. `splits` maps "train", "val" and perhaps "test" to (images, labels (N,)).
 
-    classes: list
+    Images are uint8 (N, C, H, W) in memory, or the paths of photos as a numpy array (N,).
+    """
+    classes: list  # names, in the order of the labels
     preprocessing: dict
-    train: "Split"
-    val: "Split"
-    test: "Split | None" = None  # a folder may have none
+    splits: dict
+    augment: object = None  # function for images in memory; photos have their own
+    repeats: int = 1  # passes over the training images per epoch
+    batch_size: int = 128  # of all processes together
+    workers: int = 0  # processes that decode photos
+    device: str = "cpu"  # where images in memory are augmented
 
+    def batches(self, split, augmented=False, indices=None):
+        """Return a DataLoader of (images float (N, 3, S, S), labels (N,)).
 
-def load_data(name, preprocessing=None, per_class=None, batch_size=128, workers=0, seed=0, device="cpu", data_dir="datasets"):
-    """The data set `name`, a key of PREPROCESSING or the path of a folder, as Data. Raises DataError.
+        augmented: also shuffle, and drop a last incomplete batch (BatchNorm needs two images).
+        indices: use only these images, in this order; None uses all.
+        """
+        images, labels = self.splits[split]
+        if indices is None:
+            # Each process of torchrun has a share. Shares of "train" are equal, so that all take
+            # the same number of steps. This drops at most a few images.
+            end = len(labels) - len(labels) % PROCESSES if split == "train" else len(labels)
+            indices = torch.arange(RANK, end, PROCESSES)
+        source = (images[indices.numpy()], labels[indices], self.preprocessing)
+        batch_size, count, order = self.batch_size // PROCESSES, len(indices), range(len(indices))
+        if augmented:
+            count = count * self.repeats
+            order = RandomSampler(order, num_samples=count)
+        batches = BatchSampler(order, batch_size, drop_last=augmented and count >= batch_size)
+        if isinstance(images, torch.Tensor):
+            photos = ArrayDataset(*source, self.augment if augmented else resize, self.device)
+            return DataLoader(photos, batch_size=None, sampler=batches)  # an item is a batch
+        photos = PhotoDataset(*source, augmented)
+        return DataLoader(photos, batch_sampler=batches, num_workers=self.workers)
 
-    preprocessing: what replaces the data set's own, key by key, so that a trained network sees images as it learned to.
-    per_class: keep so many training images of each class.
-    workers: processes that decode photos; data sets in memory need none.
-    seed: decides order, augmentation and the images of `per_class`; equal seeds give equal batches.
-    device: where the batches are made. data_dir: where downloads lie, or will.
+def load_data(name, preprocessing=None, per_class=None, seed=0, data_dir="datasets", **options):
+    """Load a dataset by name (a key of PREPROCESSING) or folder. Returns Data.
+
+    preprocessing: values that replace the dataset's own, for example a checkpoint's.
+    per_class: training images to keep per class, chosen by `seed`; None keeps all.
+    options: batch_size, workers and device of `Data`. Raises DataError for unusable data.
     """
-    name, data_dir = str(name), Path(data_dir)
-    preprocessing = PREPROCESSING.get(name, PREPROCESSING["flowers"]) | (preprocessing or {})
-    common = {"preprocessing": preprocessing, "batch_size": batch_size, "seed": seed, "device": device}
+    preprocessing = PREPROCESSING.get(name, PHOTOS) | (preprocessing or {})
+    size, augment, repeats = preprocessing["image_size"], distort, REPEATS.get(name, 1)
     if name == "glyphs":
-        classes, splits = load_glyphs(common)
+        classes, splits = load_glyphs(size)
     elif name == "digits":
-        classes, splits = load_digits(common)
+        classes, splits = load_digits(size)
     elif name in PUBLISHED:
-        classes, splits = load_published(name, data_dir, common)
+        classes, splits = load_published(name, Path(data_dir), size)
+        augment = PUBLISHED[name][1]
     else:
-        folder = fetch_flowers(data_dir) if name == "flowers" else Path(name)
-        if not name or not folder.is_dir():
-            raise DataError(f"'{name}' is neither a data set nor a folder: name one ({', '.join(PREPROCESSING)})")
-        classes, splits = load_folder(folder, common | {"workers": workers})
+        root = fetch_flowers(Path(data_dir)) if name == "flowers" else Path(name)
+        classes, splits = load_folder(root)
+        repeats = -(-FOLDER_EPOCH // len(splits["train"][1]))  # rounded up
     if per_class is not None:
-        few = splits["train"].subset(choose_per_class(splits["train"].labels, classes, per_class, seed))
-        # An epoch keeps its size: fewer images are shown more often, and few or many labels take as many steps.
-        splits["train"] = replace(few, repeats=max(splits["train"].epoch_size() // len(few), 1))
-    return Data(classes, preprocessing, **splits)
+        images, labels = splits["train"]
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        kept = [order[labels[order] == label][:per_class] for label in range(len(classes))]
+        if (smallest := min(map(len, kept))) < per_class:
+            raise DataError(f"--per-class {per_class}: a class has {smallest} images; use fewer")
+        kept = torch.cat(kept).sort().values
+        splits["train"] = images[kept.numpy()], labels[kept]
+        repeats = max(repeats * len(labels) // len(kept), 1)  # an epoch keeps its size
+    return Data(classes, preprocessing, splits, augment, repeats, **options)
 
+class ArrayDataset(Dataset):
+    """Images in memory: uint8 (N, C, H, W). An item is a whole batch, which is fast to augment."""
 
-def choose_per_class(labels, classes, per_class, seed):
-    """Indices of `per_class` random images of each class, in their old order: (N,) labels -> (classes × per_class,)."""
-    chosen = []
-    generator = torch.Generator().manual_seed(seed)
-    for label, name in enumerate(classes):
-        indices = (labels == label).nonzero().flatten()
-        if len(indices) < per_class:
-            raise DataError(f"--per-class {per_class}: '{name}' has {len(indices)} images to train on: ask for no more")
-        chosen.append(indices[torch.randperm(len(indices), generator=generator)[:per_class]])
-    return torch.cat(chosen).sort().values
-
-
-# ------------------------------------------------------------------------------------------ batches from memory
-
-
-def memory_format(device):
-    """How a network and its images lie in memory: all channels of a pixel side by side, as convolutions like it.
-
-    On Apple's GPUs gradients then take 30 times as long (https://github.com/pytorch/pytorch/issues/193349).
-    """
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
-
-
-def normalise(images, preprocessing):
-    """(N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S) of about mean 0 and deviation 1; grey fills all three channels."""
-    mean, deviation = (torch.tensor(preprocessing[key], device=images.device).view(3, 1, 1) * 255 for key in ("mean", "std"))
-    return (images - mean).div_(deviation).contiguous(memory_format=memory_format(images.device))
-
-
-def processes():
-    """(rank, number) of this process among those that torchrun started; (0, 1) if it is the only one."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def gather(tensor):
-    """All processes' rows of a tensor on the CPU, in the order of the processes, for each of them."""
-    parts = [tensor] * processes()[1]
-    if len(parts) > 1:
-        distributed.all_gather_object(parts, tensor)
-    return torch.cat(parts)
-
-
-def mix(*parts):
-    """A seed from numbers and words: for each use of randomness its own, equal whenever they are equal."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-def index_batches(count, batch_size, generator=None):
-    """range(count), shuffled if a generator is given, as index tensors of `batch_size`."""
-    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-    batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) < 2 * processes()[1]:  # BatchNorm needs two images in each
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
-@dataclass(kw_only=True)
-class Split:
-    """Images and their labels int64 (N,). What `images` is, and `batches`, stands in the classes below."""
-
-    images: object
-    labels: torch.Tensor
-    batch_size: int
-    seed: int
-    preprocessing: dict = None
-    device: str = "cpu"
-    repeats: int = 1  # how often an epoch of training shows each image, augmented anew every time
+    def __init__(self, images, labels, preprocessing, augment, device):
+        self.images, self.labels, self.preprocessing = images, labels, preprocessing
+        self.augment, self.device = augment, device
 
     def __len__(self):
         return len(self.labels)
 
-    def epoch_size(self):
-        """Images in an epoch of training."""
-        return len(self) * self.repeats
+    def __getitem__(self, indices):
+        images = self.images[indices].to(self.device)
+        images = self.augment(images, self.preprocessing["image_size"])
+        return normalise(images, self.preprocessing), self.labels[indices].to(self.device)
 
-    def steps(self):
-        return len(index_batches(self.epoch_size(), self.batch_size))
+def normalise(images, preprocessing):
+    """Subtract mean, divide by std: (N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S).
 
-    def indices(self, epoch):
-        """This process's share of each batch, as indices: in order if `epoch` is None, else shuffled, with repeats."""
-        if epoch is None:
-            batches = index_batches(len(self), self.batch_size)
-        else:
-            shuffle = torch.Generator().manual_seed(mix(self.seed, epoch, "order"))
-            batches = index_batches(self.epoch_size(), self.batch_size, shuffle)
-        rank, count = processes()
-        return [share for batch in batches if len(share := batch[rank::count])]
-
-    def subset(self, indices):
-        """The same split with these images only."""
-        indices = indices.numpy()  # paths are a numpy array, which takes a tensor of one index for a number
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
-
-
-@dataclass(kw_only=True)
-class ArraySplit(Split):
-    """Images in memory: a tensor uint8 (N, C, H, W)."""
-
-    augment: object = None  # in training: (images of a batch, size, generator) -> (n, C, size, size) in 0..255
-
-    def name(self, index):
-        """What to call image `index` in a report."""
-        return str(index)
-
-    def batches(self, epoch=None):
-        """Yield (images float (N, 3, S, S), labels (N,)): in order as they are, or for training, given the epoch's number.
-
-        Order and augmentation depend on the seed, the epoch, the batch size and the device, not on what ran before.
-        """
-        size, generator = self.preprocessing["image_size"], torch.Generator(self.device)
-        generator.manual_seed(mix(self.seed, epoch, processes(), "augmentation"))
-        for indices in self.indices(epoch):
-            indices = indices % len(self)
-            images = self.images[indices].to(self.device)
-            images = resize(images, size) if epoch is None else self.augment(images, size, generator)
-            yield normalise(images, self.preprocessing), self.labels[indices].to(self.device)
-
+    A grayscale image fills all three channels.
+    """
+    mean = 255 * torch.tensor(preprocessing["mean"], device=images.device).view(3, 1, 1)
+    std = 255 * torch.tensor(preprocessing["std"], device=images.device).view(3, 1, 1)
+    return (images - mean) / std
 
 def resize(images, size):
-    """(N, C, H, W) of any type -> float (N, C, size, size), bilinear."""
+    """Resize (N, C, H, W) of any type -> float (N, C, size, size), bilinear."""
     if images.shape[-2:] == (size, size):
         return images.float()
-    return functional.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    return functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
+def crop_and_flip(images, size):
+    """Shift each image by up to an eighth of its side, and mirror half of them.
 
-def resize_all(images, size):
-    """(N, C, H, W) -> uint8 (N, C, size, size), some at a time, for the memory's sake."""
-    return torch.cat([resize(some, size).round().byte() for some in images.split(1024)])
-
-
-def crop_and_flip(images, size, generator):
-    """Shift each image by up to an eighth of its side over a black border, and mirror half of them, at random.
-
-    4 of 32 pixels, as in He et al. (arXiv:1512.03385, §4.2) for CIFAR-10. torchvision's transforms would treat the whole
-    batch alike, or take a Python call an image. Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
+    He et al. (arXiv:1512.03385, §4.2) do so with CIFAR-10, by up to 4 of 32 pixels. torchvision's
+    transforms would change all images of a batch in the same way.
+    Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
     """
     count, side = len(images), images.shape[-1]
     border = side // 8
-    # All possible windows, as a view of which nothing is copied: (N, C, 2b+1, 2b+1, H, H)
+    # All possible windows, as a view without copies: (N, C, 2b+1, 2b+1, H, H)
     windows = functional.pad(images, [border] * 4).unfold(2, side, 1).unfold(3, side, 1)
-    top, left = torch.randint(2 * border + 1, (2, count), generator=generator, device=images.device)
+    top, left = torch.randint(2 * border + 1, (2, count), device=images.device)
     images = windows[torch.arange(count, device=images.device), :, top, left]  # (N, C, H, H)
-    mirrored = torch.rand(count, generator=generator, device=images.device) < 0.5
+    mirrored = torch.rand(count, device=images.device) < 0.5
     return resize(torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images), size)
 
+def distort(images, size):
+    """Give each letter or digit a new shape, as if another hand or font had drawn it.
 
-def distort(images, size, generator):
-    """Give each image of a batch a new shape, as another hand or another font would have drawn it.
-
-    Shift, scale, rotation, shear and a smooth warp are one sampling grid; then stroke width, blur and noise.
-    Never a flip: a mirrored letter is another letter, or none.
+    One sampling grid applies shift, scale, rotation, shear and a smooth warp. Stroke width, blur
+    and noise follow. There is no flip: a mirrored letter is a different letter, or none.
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images, count = images.float() / 255, len(images)
 
     def uniform(limit, *shape):
-        return (2 * torch.rand(count, *shape, generator=generator, device=images.device) - 1) * limit
+        return (2 * torch.rand(count, *shape, device=images.device) - 1) * limit
 
     angle, shear = uniform(0.25), uniform(0.35)  # radians; tangent of the slant
     scale_x, scale_y = uniform(0.25).exp(), uniform(0.25).exp()
     cos, sin = angle.cos(), angle.sin()
-    # Where in the input each output pixel comes from: rotation · shear · scale, then the shift. (N, 2, 3)
+    # Maps output to input coordinates: rotation · shear · scale, then shift. (N, 2, 3)
     to_x = torch.stack([scale_x * cos, scale_y * (cos * shear - sin), uniform(0.15)], dim=1)
     to_y = torch.stack([scale_x * sin, scale_y * (sin * shear + cos), uniform(0.15)], dim=1)
     matrix = torch.stack([to_x, to_y], dim=1)
-    grid = functional.affine_grid(matrix, (count, 1, size, size), align_corners=False)  # (N, S, S, 2), from -1 to 1
+    grid = functional.affine_grid(matrix, (count, 1, size, size), align_corners=False)
     warp = functional.interpolate(uniform(0.12, 2, 4, 4), size=(size, size), mode="bicubic")
-    images = functional.grid_sample(images, grid + warp.permute(0, 2, 3, 1), align_corners=False)
-
-    # Stroke: between the minimum and the maximum of the 3 × 3 neighbourhood, the picture itself at 0.
+    grid = grid + warp.permute(0, 2, 3, 1)  # (N, S, S, 2), from -1 to 1
+    images = functional.grid_sample(images, grid, align_corners=False)
+    # Stroke width: mix with the maximum (thicker) or minimum (thinner) of each 3 × 3 area.
     stroke = uniform(0.6, 1, 1, 1)
     thick = functional.max_pool2d(images, 3, stride=1, padding=1)
     thin = -functional.max_pool2d(-images, 3, stride=1, padding=1)
     images = images + stroke.clamp(min=0) * (thick - images) - stroke.clamp(max=0) * (thin - images)
-
-    # Blur: a mixture with the picture at a quarter of its resolution, as the 8 × 8 digits have; one in three is that alone.
+    # Blur: mix with a quarter of the resolution, similar to the 8 × 8 digits.
     coarse = functional.adaptive_avg_pool2d(images, max(size // 4, 1))
     coarse = functional.interpolate(coarse, size=(size, size), mode="bilinear")
     images = torch.lerp(images, coarse, uniform(1.5, 1, 1, 1).abs().clamp(max=1))
-    images = images / images.amax(dim=(1, 2, 3), keepdim=True).clamp(min=0.1)  # thin letters are as white as bold ones
+    images = images / images.amax(dim=(1, 2, 3), keepdim=True).clamp(min=0.1)  # full contrast
+    noise = torch.randn(images.shape, device=images.device) * uniform(0.1, 1, 1, 1)
+    return (images + noise).clamp(0, 1) * 255
 
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
-    return (images + noise * uniform(0.1, 1, 1, 1)).clamp(0, 1) * 255
-
-
-# ------------------------------------------------------------------------------- glyphs: letters that cost nothing
-
-# Those of EMNIST's "balanced" set (Cohen et al., arXiv:1702.05373): no small letter that looks like its capital.
+# ------------------------------------------------------------------------------- glyphs and digits
+# The classes of EMNIST "balanced" (Cohen et al., arXiv:1702.05373): no lower-case letter that looks
+# like its capital.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
-
-# matplotlib's text fonts. Computer Modern, a family of its own, asks for letters and not for fonts learned by heart.
+# Validation and test letters come from another font family, to measure if unknown fonts are read.
+SANS = ("", "-Bold", "-Oblique", "-BoldOblique")
 GLYPH_FONTS = {
-    "train": [
-        *["DejaVuSans" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")],
-        *["DejaVuSansMono" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")],
-        *["DejaVuSerif" + style for style in ("", "-Bold", "-Italic", "-BoldItalic")],
-        *["STIXGeneral" + style for style in ("", "Bol", "Italic", "BolIta")],
-    ],
+    "train": [f"DejaVuSans{mono}{style}" for mono in ("", "Mono") for style in SANS]
+    + [f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")]
+    + [f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")],
     "val": ["cmr10", "cmmi10"],
     "test": ["cmb10", "cmss10", "cmtt10"],
 }
-GLYPH_CANVAS, GLYPH_INK = 64, 54  # the drawn picture, and the longer side of the letter in it
-GLYPH_REPEATS = 32  # pictures of each letter in each font: an epoch of training, and the fixed sets
-
 
 def draw_glyph(character, font):
-    """A letter, white on black and centred: uint8 (1, 64, 64)."""
+    """Draw a letter, white on black, centred: uint8 (1, 64, 64)."""
     left, top, right, bottom = font.getbbox(character)
     letter = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(letter).text((-left, -top), character, fill=255, font=font)
-    scale = GLYPH_INK / max(letter.size)
-    letter = letter.resize([max(round(side * scale), 1) for side in letter.size], Image.Resampling.LANCZOS)
-    canvas = Image.new("L", (GLYPH_CANVAS, GLYPH_CANVAS))
-    canvas.paste(letter, [(GLYPH_CANVAS - side) // 2 for side in letter.size])
-    return v2.functional.pil_to_tensor(canvas)
+    letter = ImageOps.contain(letter, (54, 54), Image.Resampling.LANCZOS)
+    return v2.functional.center_crop(v2.functional.pil_to_tensor(letter), [64, 64])
 
-
-def draw_fonts(names):
-    """Every class in every font: uint8 (fonts × 37, 1, 64, 64) and labels (fonts × 37,)."""
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), size=4 * GLYPH_INK) for name in names]
-    images = [draw_glyph(character, font) for font in fonts for character in GLYPH_CLASSES]
-    return torch.stack(images), torch.arange(len(GLYPH_CLASSES)).repeat(len(fonts))
-
-
-def load_glyphs(common):
-    """Training letters are distorted anew in every batch; validation and test letters once, with a seed of their own."""
-    images, labels = draw_fonts(GLYPH_FONTS["train"])
-    splits = {"train": ArraySplit(images=images, labels=labels, augment=distort, repeats=GLYPH_REPEATS, **common)}
-    for fixed_seed, split in enumerate(("val", "test")):
-        images, labels = draw_fonts(GLYPH_FONTS[split])
-        images, labels = images.repeat(GLYPH_REPEATS, 1, 1, 1), labels.repeat(GLYPH_REPEATS)
-        images = distort(images, common["preprocessing"]["image_size"], torch.Generator().manual_seed(fixed_seed))
-        splits[split] = ArraySplit(images=images.round().byte(), labels=labels, **common)
+def load_glyphs(size):
+    """Draw all letters in all fonts. Validation and test letters are distorted once, here."""
+    folder, splits = Path(matplotlib.get_data_path(), "fonts", "ttf"), {}
+    for seed, (split, names) in enumerate(GLYPH_FONTS.items()):
+        fonts = [ImageFont.truetype(folder / f"{name}.ttf", size=216) for name in names]
+        images = torch.stack([draw_glyph(glyph, font) for font in fonts for glyph in GLYPH_CLASSES])
+        labels = torch.arange(len(GLYPH_CLASSES)).repeat(len(fonts))
+        if split != "train":
+            images, labels = images.repeat(32, 1, 1, 1), labels.repeat(32)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # the same images in every run
+                images = distort(images, size).round().byte()
+        splits[split] = images, labels
     return GLYPH_CLASSES, splits
 
+def load_digits(size):
+    """Read 1,797 digits by 13 writers: the test part of UCI's Optical Recognition of Handwritten
+    Digits (E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0), as
+    scikit-learn distributes it. Each of the 8 × 8 values counts the ink in a 4 × 4 area, 0 to 16.
 
-# -------------------------------------------------------------------------------------- digits: few and by hand
-
-DIGITS_FILE = Path(__file__).with_name("digits.npz")
-DIGITS_REPEATS = 4
-
-
-def load_digits(common):
-    """1,797 digits by 13 writers, the test part of UCI's "Optical Recognition of Handwritten Digits".
-
-    E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0, taken from scikit-learn's copy.
-    Each of the 8 × 8 numbers counts the inked pixels, 0 to 16, in a 4 × 4 square of a bitmap.
-
-    The order presumably follows the writers, who are not named: the second half (899) tests, as in scikit-learn's example,
-    whose support vector machine gets 96.9% of it right. Of the first half every fifth image of each digit (184) validates,
-    by the same writers and so a little too well, and the others (714) train.
+    The order seems to follow the writers. The second half tests (899), as in scikit-learn's
+    example. In the first, every fifth image of a digit validates (184) and the others train (714).
+    These share writers, so validation accuracy is a little too high.
     """
-    with numpy.load(DIGITS_FILE, allow_pickle=False) as file:
+    with numpy.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-    images = (counts.float() * (255 / 16)).round()[:, None]  # (1797, 1, 8, 8)
-    images = resize(images, common["preprocessing"]["image_size"]).round().byte()
-    first_half = torch.arange(len(labels)) < 898
-    validates = torch.zeros(len(labels), dtype=torch.bool)
+    images = (counts[:, None] * (255 / 16)).round()  # (1797, 1, 8, 8)
+    images = resize(images, size).round().byte()
+    test = torch.arange(len(labels)) >= 898
+    val = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
-        validates[((labels == digit) & first_half).nonzero().flatten()[::5]] = True
-    parts = {"train": first_half & ~validates, "val": validates, "test": ~first_half}
-    common = common | {"augment": distort, "repeats": DIGITS_REPEATS}
-    splits = {name: ArraySplit(images=images[part], labels=labels[part], **common) for name, part in parts.items()}
-    return [str(digit) for digit in range(10)], splits
+        val[((labels == digit) & ~test).nonzero().flatten()[::5]] = True
+    masks = {"train": ~val & ~test, "val": val, "test": test}
+    return list("0123456789"), {key: (images[mask], labels[mask]) for key, mask in masks.items()}
 
-
-# -------------------------------------------------------------- MNIST, Fashion-MNIST, CIFAR-10, flowers: downloaded
-
-# torchvision's class, which knows where to download, and what suits its images in training.
-PUBLISHED = {
-    "mnist": (datasets.MNIST, distort),
-    "fashion-mnist": (datasets.FashionMNIST, crop_and_flip),
-    "cifar10": (datasets.CIFAR10, crop_and_flip),
+PUBLISHED = {  # torchvision's class, which can download the files, and the augmentation
+    "mnist": (datasets.MNIST, distort),  # LeCun et al., 1998
+    "fashion-mnist": (datasets.FashionMNIST, crop_and_flip),  # Xiao et al., arXiv:1708.07747
+    "cifar10": (datasets.CIFAR10, crop_and_flip),  # Krizhevsky, 2009
 }
-IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
-
-def load_published(name, data_dir, common):
-    """MNIST (LeCun et al., 1998), Fashion-MNIST (Xiao et al., arXiv:1708.07747) or CIFAR-10 (Krizhevsky, 2009).
-
-    torchvision downloads and verifies what is not there. The last tenth of the training part validates.
-    """
-    kind, augment = PUBLISHED[name]
+def load_published(name, data_dir, size):
+    """Load MNIST, Fashion-MNIST or CIFAR-10. The last tenth of the training images validates."""
+    kind, _ = PUBLISHED[name]
+    names = ("train-images?idx3", "train-labels?idx1", "t10k-images?idx3", "t10k-labels?idx1")
+    files = [path for part in names for path in sorted(data_dir.glob(f"{part}-ubyte*"))[:1]]
     try:
-        train, test, classes = read_cifar10(data_dir) if name == "cifar10" else read_mnist(kind, data_dir)
+        if len(files) == 4 and name != "cifar10":  # in data_dir itself, compressed or not
+            arrays, classes = [read_idx(path) for path in files], kind.classes
+        else:
+            parts = [kind(data_dir, train, download=True) for train in (True, False)]
+            arrays = [torch.as_tensor(a) for part in parts for a in (part.data, part.targets)]
+            classes = parts[0].classes
     except (OSError, RuntimeError) as error:
-        files = kind.url if name == "cifar10" else f"{', '.join(IDX_FILES)} (or these with .gz) from {kind.mirrors[0]}"
-        folder = data_dir if name == "cifar10" else data_dir / kind.__name__ / "raw"
-        raise DataError(f"no {name} and no download ({error}): fetch {files} and put it into '{folder}'") from error
-    count, size = max(len(train[1]) // 10, 1), common["preprocessing"]["image_size"]
-    if size <= 64:  # resized once, here, and not in every epoch; larger ones would fill the memory
-        train, test = ((resize_all(images, size), labels) for images, labels in (train, test))
-    parts = {"train": [part[:-count] for part in train], "val": [part[-count:] for part in train], "test": test}
-    common = common | {"augment": augment}
-    return classes, {name: ArraySplit(images=part[0], labels=part[1], **common) for name, part in parts.items()}
-
-
-def read_cifar10(data_dir):
-    """Training and test part, each (uint8 (N, 3, 32, 32), int64 (N,)), and the classes."""
-    parts = [datasets.CIFAR10(data_dir, train, download=True) for train in (True, False)]
-    arrays = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)) for part in parts]
-    return *arrays, parts[0].classes
-
-
-def read_mnist(kind, data_dir):
-    """Training and test part, each (uint8 (N, 1, 28, 28), int64 (N,)), from data_dir or torchvision's folder in it."""
-
-    def find(file):
-        names = [name + ending for name in (file, file.replace("-idx", ".idx")) for ending in ("", ".gz")]  # .idx: on Kaggle
-        paths = [place / name for place in (data_dir / kind.__name__ / "raw", data_dir) for name in names]
-        return next(filter(Path.is_file, paths), None)
-
-    if not all(map(find, IDX_FILES)):
-        kind(data_dir, download=True)
-    images, labels, test_images, test_labels = [read_idx(find(file)) for file in IDX_FILES]
-    for pixels, targets in ((images, labels), (test_images, test_labels)):
-        if pixels.shape != (targets.numel(), 28, 28) or targets.dim() != 1 or len(targets) < 2 or targets.max() > 9:
-            raise DataError(f"the files of {kind.__name__} in '{data_dir}' do not belong together: fetch them again")
-    classes = [name.partition(" - ")[0] for name in kind.classes]  # torchvision calls a digit "0 - zero"
-    return (images[:, None], labels.long()), (test_images[:, None], test_labels.long()), classes
-
+        source = kind.url if name == "cifar10" else f"the four .gz files of {kind.mirrors[0]}"
+        fix = f"download {source} into '{data_dir}', or use --data-dir"
+        raise DataError(f"--data {name}: no files, and no download ({error}); {fix}") from error
+    cut = len(arrays[0]) - max(len(arrays[0]) // 10, 1)
+    splits = {"train": [a[:cut] for a in arrays[:2]], "val": [a[cut:] for a in arrays[:2]]}
+    for split, (images, labels) in (splits | {"test": arrays[2:]}).items():
+        # (N, H, W), or (N, H, W, 3) in CIFAR-10 -> (N, C, H, W)
+        images = images[:, None] if images.dim() == 3 else images.movedim(3, 1)
+        if size <= 64:  # resize once, not in every epoch; larger images would fill the memory
+            images = torch.cat([resize(x, size).round().byte() for x in images.split(1024)])
+        splits[split] = images, labels.long()
+    return [label.partition(" - ")[0] for label in classes], splits  # not "0 - zero"
 
 def read_idx(path):
-    """An array of LeCun's IDX format: two zeros, 8 for uint8, number of dimensions, their sizes (big-endian), bytes."""
+    """Read LeCun's IDX format: 2 zeros, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
     try:
-        contents = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        contents = path.read_bytes()
+        contents = gzip.decompress(contents) if path.suffix == ".gz" else contents
         shape = numpy.frombuffer(contents, ">u4", count=contents[3], offset=4)
         array = numpy.frombuffer(contents, numpy.uint8, offset=4 + shape.nbytes).reshape(shape)
         return torch.from_numpy(array.copy())
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise DataError(f"'{path}' is damaged ({error}): delete it and fetch it again") from error
+    except Exception as error:  # gzip and numpy raise many types
+        raise DataError(f"'{path}' is damaged ({error}): download it again") from error
 
-
-FLOWERS_URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"  # 229 MB
+FLOWERS = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
-
 def fetch_flowers(data_dir):
-    """The folder of TensorFlow's 3,670 flowers below data_dir: unpacked, and before that downloaded, if need be."""
+    """Return the folder of TensorFlow's flower photos (229 MB), downloaded and unpacked once."""
     folder, archive = data_dir / "flower_photos", data_dir / "flower_photos.tgz"
     if folder.is_dir():
         return folder
-    data_dir.mkdir(parents=True, exist_ok=True)
-    if not archive.is_file():
-        try:
-            torch.hub.download_url_to_file(FLOWERS_URL, archive, FLOWERS_SHA256)  # appears when it is whole
-        except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
-            raise DataError(f"no flowers ({error}): fetch {FLOWERS_URL} and put it at '{archive}'") from error
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != FLOWERS_SHA256:
-        raise DataError(f"'{archive}' is damaged (its SHA-256 is not {FLOWERS_SHA256}): delete it to fetch it again")
-    with new_folder(folder) as unpacked, tarfile.open(archive) as tar:
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # nothing lands elsewhere; None: before Python 3.11.4
-        tar.extractall(unpacked.parent)
-    return folder
-
-
-@contextmanager
-def new_folder(target):
-    """Give a folder to fill, which becomes `target` when it is complete, and vanishes if filling it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
-        yield Path(temporary, target.name)
-        if target.is_dir():
-            target.rmdir()  # an empty one may be there
-        Path(temporary, target.name).replace(target)
-
-
-# -------------------------------------------------------------------------------------------- folders of photos
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
-FOLDER_EPOCH = 320  # images at least: an epoch of a small folder is still some steps, or all would be warm-up and one leap
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder -> split
-warnings.filterwarnings("ignore", module="PIL")  # of large images and odd EXIF data, which are read all the same
-
-
-def open_image(path, channels, size):
-    """Decode one file: an upright PIL image of 1 channel or 3. Raises DataError if it cannot be read.
-
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution where that leaves twice `size`, enough for the smallest crops of
-    training: photos of 12 megapixels are read three times as fast.
-    """
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * size, 2 * size))
+        data_dir.mkdir(parents=True, exist_ok=True)
+        if not archive.is_file():
+            torch.hub.download_url_to_file(FLOWERS, archive, FLOWERS_SHA256)
+        with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
+            shutil.unpack_archive(archive, temporary, filter="data")  # stays in `temporary`
+            return Path(temporary, folder.name).rename(folder)
+    except Exception as error:  # tarfile raises many types
+        fix = f"delete '{archive}' if it exists, and download {FLOWERS} again"
+        raise DataError(f"--data flowers: no photos ({error}); {fix}") from error
+
+# ------------------------------------------------------------------------------- folders of photos
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+warnings.filterwarnings("ignore", module="PIL")  # large images and unusual EXIF data are readable
+
+class PhotoDataset(Dataset):
+    """Photos on disk: `paths` (N,) and labels int64 (N,)."""
+
+    def __init__(self, paths, labels, preprocessing, augmented):
+        self.paths, self.labels, self.preprocessing = paths, labels, preprocessing
+        size, mean, std = (preprocessing[key] for key in ("image_size", "mean", "std"))
+        changes = [v2.Resize(round(size / preprocessing["crop"])), v2.CenterCrop(size)]
+        if augmented:
+            changes = [v2.RandomRotation(10), v2.RandomResizedCrop(size, scale=(0.35, 1))]
+            changes += [v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
+        changes += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+        self.transform = v2.Compose([*changes, v2.Normalize(mean, std)])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        """Return (image float (3, S, S), label). Raises DataError for an unreadable file."""
+        image = open_image(self.paths[index], self.preprocessing)
+        return self.transform(image), self.labels[index]
+
+def open_image(path, preprocessing):
+    """Decode a file to an upright PIL image in RGB. Raises DataError."""
+    try:
+        # Without `formats`, PIL would also open an EPS file, and start Ghostscript for it.
+        with Image.open(path, formats=("JPEG", "PNG", "BMP", "WEBP", "GIF")) as image:
+            # Decode a JPEG at 1/2, 1/4 or 1/8 if that leaves twice the image size, enough for the
+            # smallest random crop: photos of 12 megapixels load three times as fast.
+            image.draft("RGB", [2 * preprocessing["image_size"]] * 2)
             image.load()
-            with suppress(Exception):  # damaged EXIF data leave the pixels as they are
-                image = ImageOps.exif_transpose(image)  # phones store there how they were held
-            if image.mode.startswith("I"):  # 16 bits: 65535 is white. PIL would cut at 255 instead of scaling.
+            with suppress(Exception):  # damaged EXIF data do not harm the pixels
+                image = ImageOps.exif_transpose(image)  # EXIF has the orientation of a phone
+            if image.mode.startswith("I"):  # 16 bits: 65535 is white, but PIL would cut at 255
                 image = Image.fromarray((numpy.asarray(image) / 257).astype(numpy.uint8))
             if "A" in image.mode or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")  # what is transparent may have any colour
+                white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("L" if channels == 1 else "RGB")
+            return image.convert("L" if preprocessing["channels"] == 1 else "RGB").convert("RGB")
     except Exception as error:  # a damaged file makes PIL raise almost anything
-        raise DataError(f"cannot read the image '{path}' ({error}): repair it or take it out of the folder") from error
+        raise DataError(f"'{path}': cannot read this image ({error}); remove it") from error
 
-
-def find_damage(path):
-    """Why an image file cannot be used, or None. A JPEG has no checksums: it must be decoded, at 1/8, to be sure."""
+def is_readable(path):
+    """Tell whether a file is an image. Only decoding shows whether a JPEG is complete."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+        return False
     try:
-        str(path).encode()  # a name that is not UTF-8 could not be written into predictions.csv
-        open_image(path, channels=3, size=1)
+        str(path).encode()  # predictions.csv can only hold UTF-8 names
+        open_image(path, SMALL)
     except (DataError, UnicodeError) as error:
-        return str(error.__cause__ or error)
-
-
-def find_damages(paths):
-    """{path: why it cannot be used}, by all cores; each process of torchrun checks its share of the files."""
-    rank, count = processes()
-    share = paths[rank::count]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        shares = [dict(zip(share, threads.map(find_damage, share), strict=True))] * count
-    if count > 1:
-        distributed.all_gather_object(shares, shares[rank])
-    return {path: damage for share in shares for path, damage in share.items() if damage}
-
-
-def photo_transform(size, training, crop=0.875):
-    """PIL image -> uint8 (C, size, size). Training sees it tilted, cropped, mirrored and lit at random; all else the centre."""
-
-    def centre(image):
-        side = round(min(image.size) * crop)
-        return v2.functional.resize(v2.functional.center_crop(image, side), [size, size])
-
-    if not training:
-        return v2.Compose([centre, v2.PILToTensor()])
-    view = [v2.RandomRotation(10), v2.RandomResizedCrop(size, scale=(0.35, 1)), v2.RandomHorizontalFlip()]  # 10 degrees
-    return v2.Compose([*view, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2), v2.PILToTensor()])
-
-
-@dataclass(kw_only=True)
-class FolderSplit(Split):
-    """Images in files: a numpy array (N,) of their paths, decoded by `workers` processes when they are needed."""
-
-    workers: int
-
-    def __post_init__(self):
-        self.work, self.loader = [], None
-
-    def name(self, index):
-        return str(self.images[index])
-
-    def batches(self, epoch=None):
-        """As ArraySplit.batches. Raises DataError for an image that cannot be read."""
-        # DataLoader hands each element of batch_sampler to __getitems__ in a worker process; default_convert leaves what comes
-        # back as it is. The list is filled anew and the workers stay: on Windows and macOS they would import torch each epoch.
-        if self.loader is None:
-            stay = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
-            stay["generator"] = torch.Generator()  # not the one that dropout draws from: --resume would end in other bits
-            self.loader = DataLoader(replace(self), batch_sampler=self.work, collate_fn=default_convert, **stay)
-        self.work[:] = [(epoch, batch.tolist()) for batch in self.indices(epoch)]
-        for batch in self.loader:
-            if isinstance(batch, DataError):
-                raise batch
-            images, labels = (tensor.to(self.device) for tensor in batch)
-            yield normalise(images, self.preprocessing), labels
-
-    def __getitems__(self, work):
-        """What a worker process does for a batch: (epoch or None, indices) -> uint8 (N, C, S, S), (N,)."""
-        epoch, indices = work
-        size, channels, crop = (self.preprocessing[key] for key in ("image_size", "channels", "crop"))
-        transform, images = photo_transform(size, epoch is not None, crop), []
-        try:
-            with torch.random.fork_rng(devices=[]):
-                for index in indices:
-                    # A seed for each picture of each epoch: the same picture from any worker, and without workers.
-                    torch.default_generator.manual_seed(mix(self.seed, epoch, index))
-                    images.append(transform(open_image(self.images[index % len(self)], channels, size)))
-        except DataError as error:
-            return error  # raised in the main process, where it is one line; a worker would wrap it in its traceback
-        return torch.stack(images), self.labels[torch.tensor(indices) % len(self)]
-
+        print(f"skipping {ascii(str(error))}", file=sys.stderr)
+        return False
+    return True
 
 def find_images(folder):
-    """Sorted paths of the images below `folder`; unreadable ones are left out and named. Raises DataError if none is left."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]  # hidden
-    damages = find_damages(files)
-    named = [f"'{path}' ({damage})" for path, damage in damages.items()]
-    if len(named) == len(files):
-        mend = f"add some ({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
-        raise DataError(f"no image in '{folder}' that can be read ({', '.join([f'{len(files)} found', *named[:1]])}): {mend}")
-    if named:
-        more = f" and {len(named) - 10} more" if len(named) > 10 else ""
-        warn(f"{len(named)} unreadable image{'s' * (len(named) > 1)} left out: {', '.join(named[:10])}{more}")
-    return [path for path in files if path not in damages]
-
+    """List the readable images below `folder`, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return [path for path, ok in zip(files, threads.map(is_readable, files)) if ok]
 
 def list_folder(root):
-    """Of root/<class>/...: (class names, sorted; paths (N,); labels (N,)). Raises DataError for less than two classes."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
-    # Some systems write é, or 한, as several characters: normalised, a class has one name on all of them.
-    folders = sorted((unicodedata.normalize("NFC", folder.name), folder) for folder in folders)
-    classes = [name for name, _ in folders]
-    if len(set(classes)) < 2 or len(set(classes)) < len(classes):
-        found = f"'{root}' has {len(classes)} class folders ({', '.join(classes[:5])})"
-        raise DataError(f"{found}: it needs at least two, of different names, with the images of a class each")
-    paths = [find_images(folder) for _, folder in folders]
-    counts = torch.tensor([len(images) for images in paths])
-    return classes, numpy.concatenate(paths), torch.arange(len(classes)).repeat_interleave(counts)
-
-
-def load_pictures(places, preprocessing, **common):
-    """The images in files and folders as a split, the labels being 0. Raises DataError where there is none."""
-    preprocessing = PREPROCESSING["flowers"] | preprocessing  # as in load_data: keys that are not given are those of photos
-    paths = []
-    for place in places:
-        if not place.exists():
-            raise DataError(f"there is no '{place}': name an image, or a folder of some")
-        paths += find_images(place) if place.is_dir() else [place]
-    labels = torch.zeros(len(paths), dtype=torch.long)
-    return FolderSplit(images=numpy.array(paths), labels=labels, seed=0, preprocessing=preprocessing, **common)
-
+    """List root/<class>/...: (sorted class names, paths (N,), labels (N,)). Raises DataError."""
+    if not root.is_dir():
+        raise DataError(f"'{root}': no such dataset or folder; use {', '.join(PREPROCESSING)}")
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] not in "._"]
+    # Systems store é or 한 in different ways. NFC makes a class name the same on all of them.
+    images = {normalize("NFC", path.name): find_images(path) for path in folders}
+    if len(images) < 2 or not all(images.values()):
+        found = ", ".join(f"{name} ({len(paths)} images)" for name, paths in images.items())
+        fix = "at least two class folders with readable images are needed"
+        raise DataError(f"'{root}': found {found or 'no folder'}; {fix}")
+    classes = sorted(images)
+    labels = [label for label, name in enumerate(classes) for _ in images[name]]
+    paths = numpy.array([path for name in classes for path in images[name]])
+    return classes, paths, torch.tensor(labels)
 
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
-    """Stratified split: in each class the files with the smallest hash validate, the next ones test, the others train.
+    """Split each class by the hashes of its paths, which stay when the folder moves or grows.
 
-    The hash of the path below `root` stays when the folder is moved or grows. Another `salt` gives another split; loading
-    has none, so that no script validates on what another one trained on. Returns index tensors in that order.
+    Returns one index array per share, and one for the rest, the training images.
     """
-
-    def rank(index):
-        name = unicodedata.normalize("NFC", paths[index].relative_to(root).as_posix())
-        return hashlib.sha256(f"{salt}{name}".encode()).digest()
-
-    parts = []  # of each class, as many index tensors
+    names = [normalize("NFC", path.relative_to(root).as_posix()) for path in paths]
+    hashes = [hashlib.sha256(f"{salt}{name}".encode()).digest() for name in names]
+    parts = []  # per class: one index array per share, and the rest
     for label in labels.unique():
-        indices = sorted((labels == label).nonzero().flatten().tolist(), key=rank)
+        indices = sorted((labels == label).nonzero().flatten().tolist(), key=hashes.__getitem__)
         counts = [max(round(len(indices) * share), 1) if share else 0 for share in shares]
-        rest = len(indices) - sum(counts)
-        if rest < 1:
-            raise DataError(f"{len(indices)} images in the class of '{paths[indices[0]]}': too few to split, add some")
-        parts.append(torch.tensor(indices).split([*counts, rest]))
-    return [torch.cat(part).sort().values for part in zip(*parts, strict=True)]
+        if sum(counts) >= len(indices):
+            folder = paths[indices[0]].parent
+            raise DataError(f"'{folder}': {len(indices)} images are too few to split; add some")
+        parts.append(numpy.split(numpy.array(indices), numpy.cumsum(counts)))
+    return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]
 
+def load_folder(root):
+    """List class folders, or train, val and test folders of them. Returns (classes, splits).
 
-def load_folder(root, common):
-    """Class folders, in train, val and test folders or not. Without `val`, a fifth of each class of `train` validates."""
-    there = [path for path in root.iterdir() if path.is_dir()]
-    folders = {PARTS[path.name.lower()]: path for path in there if path.name.lower() in PARTS}
-    if "train" not in folders:
-        if folders and len(folders) == len(there):
-            raise DataError(f"'{root}' has {' and '.join(sorted(folders))} but no train: rename or add that folder")
-        folders = {"train": root}
-    found = {split: list_folder(path) for split, path in folders.items()}
-    classes = found["train"][0]
-    for split, (others, _, _) in found.items():
-        if others != classes:
-            difference = ", ".join(sorted(set(classes) ^ set(others)))
-            raise DataError(f"the classes of train and {split} in '{root}' differ: only one has {difference}")
-    splits = {name: FolderSplit(images=paths, labels=labels, **common) for name, (_, paths, labels) in found.items()}
+    Without a val folder, a fifth of each class of train validates.
+    """
+    folders = {"train": root}
+    if (root / "train").is_dir():
+        folders = {SPLITS[path.name]: path for path in root.iterdir() if path.name in SPLITS}
+    splits, found = {}, {split: list_folder(folder) for split, folder in folders.items()}
+    for split, (classes, *images) in found.items():
+        splits[split] = images
+        if classes != found["train"][0]:
+            names = ", ".join(sorted(set(classes) ^ set(found["train"][0])))
+            raise DataError(f"'{root}': only one of train and {split} has {names}; add the other")
     if "val" not in splits:
-        everything = splits["train"]
-        val, train = split_folder(root, everything.images, everything.labels)
-        splits |= {"train": everything.subset(train), "val": everything.subset(val)}
-    splits["train"].repeats = -(-FOLDER_EPOCH // len(splits["train"]))
+        paths, labels = splits["train"]
+        val, train = split_folder(root, paths, labels)
+        splits |= {"train": (paths[train], labels[train]), "val": (paths[val], labels[val])}
     return classes, splits
 
+# ---------------------------------------------------------------------------------------- pictures
+# Class names may be Chinese, Japanese or Korean: add the fonts of this computer that have them.
+CJK = "Noto Sans CJK SC,Noto Sans CJK JP,WenQuanYi Zen Hei,Microsoft YaHei,SimHei,PingFang SC"
+INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
+FONTS = ["DejaVu Sans", *(name for name in CJK.split(",") if name in INSTALLED)]
+matplotlib.rcParams.update({"font.family": FONTS, "text.parse_math": False})  # $5 is no formula
 
-def copy_split(source, target, shares, seed):
-    """Copy class folders into target/{train,val,test}/<class>; shares: of val and test. Raises DataError."""
-    source, target = source.resolve(), target.resolve()
-    if not source.is_dir() or (source / "train").is_dir():
-        raise DataError(f"'{source}' is not a folder with one folder a class, still undivided: name such a one")
-    if target.is_relative_to(source):
-        raise DataError(f"'{target}' lies in '{source}', which is only read: name another folder")
-    if sum(shares) >= 1:
-        raise DataError(f"--val and --test take {sum(shares):g} of the images: leave some to train on")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"'{target}' is not empty: name a new folder, or empty it")
-    classes, paths, labels = list_folder(source)
-    val, test, train = split_folder(source, paths, labels, shares, salt=f"{seed} ")
-    parts = {"train": train, "val": val, "test": test}
-    with new_folder(target) as folder:
-        for part, indices in parts.items():
-            for index in indices.tolist():
-                copy = folder / part / paths[index].relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(paths[index], copy)
-    counts = ", ".join(f"{len(indices)} to {part}" for part, indices in parts.items())
-    print(f"copied {len(paths)} images of {len(classes)} classes: {counts}")
-    print(f"next: python data.py --data {shlex.quote(str(target))}")
+def to_pixels(images, preprocessing):
+    """Undo `normalise`: float (N, 3, S, S) -> float (N, 3, S, S) in 0..1, on the CPU."""
+    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (images.cpu() * std + mean).clamp(0, 1)
 
-
-# ------------------------------------------------------------------------------------------------------ pictures
-
-
-def to_pictures(images, preprocessing):
-    """Undo `normalise` for people: float (N, 3, S, S) -> numpy (N, S, S, 3) in 0..1."""
-    mean, deviation = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return (images.cpu() * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-def shorten(name, length=16):
-    """A class name that fits beside a picture."""
-    return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def plot_grid(path, title, pictures, names, colours=None, columns=8):
-    """Draw numpy (N, S, S, 3) as a grid, each picture with its name above it."""
-    columns = min(columns, max(len(pictures), 4))  # fewer would leave no room for the title
-    rows = -(-len(pictures) // columns)
+def plot_grid(path, title, images, names, colours=None, columns=8):
+    """Draw images (N, 3, S, S) in 0..1 as a grid, each with its name above it."""
+    columns = min(columns, max(len(images), 4))  # fewer would leave no space for the title
+    rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.4), layout="constrained")
     figure.suptitle(title)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    colours = colours or ["black"] * len(names)
-    for axes, picture, name, colour in zip(figure.axes, pictures, names, colours, strict=False):
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_title(name, color=colour, fontsize=9)
+    for index, axes in zip(range(len(images)), figure.axes):
+        axes.imshow(images[index].permute(1, 2, 0).numpy(), interpolation="nearest")
+        name = "\n".join(line[:18] for line in names[index].splitlines())
+        axes.set_title(name, color=colours[index] if colours else "black", fontsize=9)
     figure.savefig(path, dpi=120)
 
+# -------------------------------------------------------------------------- shared by the scripts
+OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of None)
+    "data": (str, None, f"dataset: {', '.join(PREPROCESSING)}, or a folder of images"),
+    "data_dir": (Path, None, "folder for downloaded datasets"),
+    "out": (Path, None, "folder for the results"),
+    "checkpoint": (str, None, "checkpoint, file with torchvision's weights, or imagenet"),
+    "image_size": (int, (8, 1024), "image side in pixels", "the checkpoint's, or the dataset's"),
+    "batch_size": (int, (2, 65536), "images per step, all processes together", "the recipe's"),
+    "workers": (int, (0, 64), "processes that decode photos"),
+    "device": (str, None, "auto, cpu, cuda, cuda:1 or mps"),
+    "seed": (int, (0, 10**6), "seed of all random choices"),
+    "recipe": (str, ["small", "paper", "cosine"], "optimizer, schedule and other defaults"),
+    "width": (float, (0.05, 4), "width multiplier"),
+    "output_stride": (int, [8, 16, 32], "ratio of image to last feature map", "the checkpoint's"),
+    "epochs": (int, (0, 10**5), "epochs; in finetune.py those of stage blocks", "the recipe's"),
+    "classifier_epochs": (int, (1, 10**5), "epochs of stage classifier"),
+    "patience": (int, (0, 10**5), "epochs without a higher top1 that end a stage; 0: no limit"),
+    "learning_rate": (float, (0, 100), "peak learning rate", "the recipe's"),
+    "weight_decay": (float, (0, 1), "weight decay of convolutions and linear layers"),
+    "loss": (str, ["cross-entropy", "focal", "dice"], "focal: hard images; dice: rare classes"),
+    "label_smoothing": (float, (0, 1), "share of the target for all classes (cross-entropy only)"),
+    "amp": (str, ["off", "bfloat16"], "mixed-precision type for the forward pass"),
+    "per_class": (int, (1, 10**6), "training images per class", "all"),
+    "unfreeze": (int, (0, 17), "number of last blocks to train; 17 includes the stem"),
+    "views": (int, (0, 100), "cached passes per photo, one plain, others augmented; 0: no cache"),
+    "train_batch_norm": (bool, None, "update running statistics: for many or unusual images"),
+    "resume": (bool, None, "continue the run in --out with its settings"),
+    "overwrite": (bool, None, "replace the run in --out"),
+    "images": ([Path], None, "images and folders to classify without labels", "none"),
+    "explain": (bool, None, "draw where the network sees the predicted class"),
+    "formats": ([str], ["torchscript", "pt2", "onnx", "int8"], "formats to write"),
+    "with_preprocessing": (bool, None, "take uint8 images, and return probabilities"),
+}
 
-def find_fonts(names):
-    """Let matplotlib write class names of any script, with fonts of this computer; what none of them has is told."""
-    own = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    lacking, families, coverage = set(map(ord, "".join(names))) - set(own.get_charmap()), ["DejaVu Sans"], {}
-    fonts = font_manager.findSystemFonts() if lacking else []
-    for path in sorted(fonts, key=lambda path: ("LastResort" in path, "Regular" not in path, path)):
-        with suppress(OSError, RuntimeError):  # a format that matplotlib does not read
-            coverage[path] = lacking & set(font_manager.get_font(path).get_charmap())
-    for path in sorted(coverage, key=lambda path: -len(coverage[path])):
-        if lacking & coverage[path]:
-            font_manager.fontManager.addfont(path)
-            families.append(font_manager.FontProperties(fname=path).get_name())
-            lacking -= coverage[path]
-    matplotlib.rcParams.update({"font.family": families, "text.parse_math": False})  # a class may be called $5
-    if lacking:
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # this one line is enough
-        mend = "Noto Sans CJK for Chinese, Japanese and Korean (Debian, Ubuntu: apt install fonts-noto-cjk)"
-        lacking = "".join(map(chr, sorted(lacking)))
-        warn(f"no font here has {lacking}: pictures show boxes instead. Install one, such as {mend}")
+def parse_arguments(description, defaults):
+    """Parse the command line. The script has the options in `defaults`, and five common ones."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line
+    workers = 4 if torch.cuda.is_available() else 0  # on a CPU they would compete with the network
+    common = {"data_dir": Path("datasets"), "image_size": None, "workers": workers, "seed": 0}
+    for name, default in (defaults | common | {"device": "auto"}).items():
+        kind, allowed, text, *unset = OPTIONS[name]
+        settings = {"choices": allowed} if isinstance(allowed, list) else {}
+        if kind is bool:
+            settings = {"action": "store_true"}
+        elif isinstance(kind, list):
+            settings |= {"type": kind[0], "nargs": "+"}
+        else:
+            settings |= {"type": kind}
+            text += f" (default: {unset[0] if default is None else default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **settings)
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        limits = OPTIONS[name][1]
+        if isinstance(limits, tuple) and value is not None and not limits[0] <= value <= limits[1]:
+            option = f"--{name.replace('_', '-')} {value}"
+            parser.error(f"{option}: use a value from {limits[0]} to {limits[1]}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if APPLE else "cpu"
+    else:
+        check_device(args.device)
+    return args
 
+def load_for(args, preprocessing=None):
+    """Call `load_data` with the options of the command line."""
+    names = ("per_class", "seed", "data_dir", "batch_size", "workers", "device")
+    options = {name: value for name, value in vars(args).items() if name in names}
+    size = {"image_size": args.image_size} if args.image_size else {}
+    return load_data(args.data, (preprocessing or {}) | size, **options)
 
-# -------------------------------------------------------------------------- the command line that the scripts share
-
-
-def add_number(parser, name, kind, low, high, default, text):
-    """An option whose value is an int or a float (`kind`) from `low` to `high`."""
-
-    def parse(argument):
-        value = kind(argument)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"'{argument}' is not from {low} to {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    parser.add_argument(name, type=parse, default=default, help=text)
-
-
-def command_line(description, data, out, batch_size=None):
-    """A parser with the options that every script has; the arguments are their defaults."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--data", default=data, help=f"{', '.join(PREPROCESSING)}, or a folder of images")
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where downloads are, or go")
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder for what the run writes")
-    add_number(parser, "--batch-size", int, 2, 65536, batch_size, "images a step, of all processes together")
-    workers = 4 if torch.cuda.is_available() else 0  # beside a network on the CPU they would only take its cores
-    add_number(parser, "--workers", int, 0, 64, workers, "processes that decode photos")
-    return parser
-
-
-def add_image_options(parser):
-    add_number(parser, "--image-size", int, 8, 1024, None, "pixels a side; None: as the data or the checkpoint has it")
-    add_number(parser, "--seed", int, 0, 1_000_000, 0, "equal seeds give equal checkpoints on the CPU")
-
-
-def load_for(args, preprocessing=None, device="cpu"):
-    """`load_data` as the command line asks for it."""
-    preprocessing, few, seed = dict(preprocessing or {}), getattr(args, "per_class", None), getattr(args, "seed", 0)
-    if getattr(args, "image_size", None):
-        preprocessing["image_size"] = args.image_size
-    return load_data(args.data, preprocessing, few, args.batch_size, args.workers, seed, device, args.data_dir)
-
-
-def add_device_option(parser):
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-
-
-def add_training_options(parser, fewest_epochs=1):
-    """The options that train.py and finetune.py share; each sets those that are None here."""
-    add_device_option(parser)
-    add_image_options(parser)
-    add_number(parser, "--epochs", int, fewest_epochs, 100_000, None, "passes over the images; finetune.py: in stage blocks")
-    add_number(parser, "--patience", int, 0, 100_000, 0, "end after so many epochs without a higher validation accuracy; 0: never")
-    add_number(parser, "--learning-rate", float, 0, 100, None, "at its highest")
-    add_number(parser, "--weight-decay", float, 0, 1, None, "of weights, not of biases")
-    add_number(parser, "--label-smoothing", float, 0, 1, 0.1, "probability that all classes share; cross-entropy only")
-    text = "focal: hard images count more; dice: rare classes do"
-    parser.add_argument("--loss", choices=("cross-entropy", "focal", "dice"), default="cross-entropy", help=text)
-    text = "compute in fewer bits, where the device is faster so"
-    parser.add_argument("--amp", choices=("off", "bfloat16", "float16"), default="off", help=text)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="write over the run in --out")
-    add_number(parser, "--per-class", int, 1, 1_000_000, None, "train on so many images a class; None: all")
-
-
-def data_options(args):
-    """The options that name the data of this run, for the command that comes next."""
-    place = "" if args.data_dir == Path("datasets") else f" --data-dir {shlex.quote(str(args.data_dir))}"
-    return f"--data {shlex.quote(args.data)}{place}"
-
-
-def choose_device(name):
-    """'auto' is the fastest device there is. Raises DataError for a device that this machine does not have."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def check_device(name):
+    """Raise DataError unless this machine has the device."""
     try:
-        if torch.empty(1, device=name).device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("another kind of device")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DataError(f"--device {name} is not to be had here: take auto or cpu") from error
-    return name
-
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        fix = "not available on this machine; use auto or cpu"
+        raise DataError(f"--device {name}: {fix}") from error
 
 def run(main, *errors):
-    """Call a script's `main`; what a user can mend, and `errors`, ends in one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be ended is to be interrupted
-    if hasattr(sys.stdout, "reconfigure"):  # a console or a log file may not know all characters of class names
-        sys.stdout.reconfigure(errors="replace")
+    """Run a script. An error that the user can fix ends in one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
     try:
-        main()
-        return
+        return main()
     except KeyboardInterrupt:
-        message = "interrupted; what it had written is whole (train.py and finetune.py go on with --resume)"
+        message = "interrupted; its files are complete, and --resume continues a training run"
     except (DataError, *errors) as error:
-        message = str(error)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        message = str(error).strip().splitlines()[-1]  # workers put their traceback before it
     except OSError as error:
-        message = f"{error}: see that this place can be written or read and has space, or name another"
+        message = f"{error}: check permissions and free space, or use another folder"
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         message = "not enough memory: lower --batch-size or --image-size"
-    warn(f"{Path(sys.argv[0]).name}: {message}")
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
-
-def warn(message):
-    """Tell on stderr, in one line."""
-    print(" ".join(message.split()).encode(errors="backslashreplace").decode(), file=sys.stderr)
-
-
-# -------------------------------------------------------------------------------------------------- the script
-
-
-def channel_statistics(split):
-    """Mean and standard deviation of each channel, of pixels in 0..1: two lists of 3, over the images as they are."""
-    plain = replace(split, preprocessing=split.preprocessing | {"mean": [0.0] * 3, "std": [1.0] * 3})
-    moments = []
-    for images, _ in plain.batches():
-        moments.append(torch.stack([images.mean(dim=(2, 3)), images.square().mean(dim=(2, 3))]))  # (2, N, 3)
-    mean, square = torch.cat(moments, dim=1).double().mean(dim=1)
-    return mean.tolist(), (square - mean.square()).clamp(min=0).sqrt().tolist()
-
-
+# -------------------------------------------------------------------------------------- the script
 def describe(dataset):
-    """Sizes, classes and their numbers of images in each split, and the channels, as text."""
-    splits = {name: getattr(dataset, name) for name in ("train", "val", "test") if getattr(dataset, name)}
-    counts = [torch.bincount(split.labels, minlength=len(dataset.classes)).tolist() for split in splits.values()]
-    table = [("", *splits), *zip(dataset.classes, *counts, strict=True), ("total", *map(sum, counts))]
+    """Format the image counts per class and split, and mean and std of the training pixels."""
+    labels = {split: labels for split, (_, labels) in dataset.splits.items()}
+    counts = [torch.bincount(n, minlength=len(dataset.classes)).tolist() for n in labels.values()]
+    table = [("", *labels), *zip(dataset.classes, *counts), ("total", *map(sum, counts))]
     width = max(len(name) for name, *_ in table)
     lines = [f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, *row in table]
-    for name, values in zip(("mean", "deviation"), channel_statistics(dataset.train), strict=True):
-        lines.append(f"{name} of the channels, training images: " + " ".join(f"{value:.4f}" for value in values))
-    channels = "grayscale" if dataset.preprocessing["channels"] == 1 else "colour"
-    size = dataset.preprocessing["image_size"]
-    return "\n".join([f"{len(dataset.classes)} classes, {channels}, {size} × {size} pixels", "", *lines])
-
+    moments = []  # mean of x and of x² per image: (2, N, 3)
+    for images, _ in dataset.batches("train"):
+        x = to_pixels(images, dataset.preprocessing).double()
+        moments.append(torch.stack([x.mean(dim=(2, 3)), x.square().mean(dim=(2, 3))]))
+    mean, square = torch.cat(moments, dim=1).mean(dim=1)
+    std = (square - mean**2).sqrt()
+    text = "training pixels: mean {:.4f} {:.4f} {:.4f}, std {:.4f} {:.4f} {:.4f}"
+    return "\n".join([*lines, text.format(*mean, *std)])
 
 def main():
-    parser = command_line("Show a data set, or divide a folder of photos.", "glyphs", "runs/data", batch_size=256)
-    add_image_options(parser)
-    parser.add_argument("--split", nargs=2, type=Path, metavar=("SOURCE", "TARGET"), help="copy class folders, divided")
-    add_number(parser, "--val", float, 0, 0.9, 0.2, "share of each class for validation, with --split")
-    add_number(parser, "--test", float, 0, 0.9, 0.1, "share of each class for the test, with --split")
-    args = parser.parse_args()
-    if args.split:
-        copy_split(*args.split, (args.val, args.test), args.seed)
-        return
+    defaults = {"data": "glyphs", "out": Path("runs/data"), "batch_size": 256}
+    args = parse_arguments("Count the images of a dataset, and draw some of them.", defaults)
     dataset = load_for(args)
-    print(f"{args.data}: {describe(dataset)}")
+    print(f"{args.data}: {len(dataset.classes)} classes\n{describe(dataset)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    find_fonts([args.data, *dataset.classes])
-    some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(args.seed))[:32]
-    images, labels = next(replace(dataset.train.subset(some), batch_size=32).batches())
-    names = [shorten(dataset.classes[label]) for label in labels]
-    pictures = to_pictures(images, dataset.preprocessing)
-    plot_grid(args.out / "samples.png", f"training images of {args.data}", pictures, names)
-    one = replace(dataset.train.subset(some[:1]), batch_size=9, repeats=9)
-    images = torch.cat([next(one.batches(epoch))[0] for epoch in (None, 0)])  # as it is, then augmented nine times
-    pictures, names = to_pictures(images, dataset.preprocessing), [names[0], *["augmented"] * 9]
-    plot_grid(args.out / "augmented.png", "one image, nine augmentations", pictures, names, columns=5)
+    torch.manual_seed(args.seed)
+    some = torch.randperm(len(dataset.splits["train"][1]))[:32]
+    images, labels = next(iter(dataset.batches("train", indices=some)))
+    images, names = to_pixels(images, dataset.preprocessing), [dataset.classes[n] for n in labels]
+    plot_grid(args.out / "samples.png", f"training images of {args.data}", images, names)
+    dataset.batch_size = dataset.repeats = 9
+    augmented, _ = next(iter(dataset.batches("train", augmented=True, indices=some[:1])))
+    images = torch.cat([images[:1], to_pixels(augmented, dataset.preprocessing)])
+    names, title = [names[0], *["augmented"] * 9], "one image, nine augmentations"
+    plot_grid(args.out / "augmented.png", title, images, names, columns=5)
     print(f"wrote samples.png and augmented.png to {args.out}")
-    print(f"next: python train.py {data_options(args)}")
-
+    print(f"next: python train.py --data {shlex.quote(args.data)}")
 
 if __name__ == "__main__":
     run(main)

@@ -1,10 +1,14 @@
-"""How good is it? Metrics by hand, a report, and pictures.
+"""Evaluate a checkpoint: metrics written by hand, a report, and pictures.
 
-    python evaluate.py                                                      # runs/finetune/best.pt on the digits' test split
+    python evaluate.py                                      # runs/finetune/best.pt on the digits
     python evaluate.py --checkpoint runs/train/best.pt --data glyphs
-    python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain       # what is on them, and where
+    python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain   # no labels
 
-`confusion_matrix` counts, `classification_report` divides. The test split is used here only; choices were made on validation.
+Only this script uses the test split; all choices were made on the validation split. Terms:
+
+    confusion matrix       counts of images per true class (row) and predicted class (column)
+    confidence             probability of the predicted class: softmax of the logits
+    class activation map   contribution of each place in the image to the logit of a class
 """
 
 import csv
@@ -14,6 +18,7 @@ import shlex
 import unicodedata
 from pathlib import Path
 
+import numpy
 import torch
 from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
@@ -22,347 +27,286 @@ from torch.nn import functional
 from torchvision.models import MobileNet_V2_Weights
 
 import data
-from mobilenetv2 import CheckpointError, load_pretrained, read_pretrained, write_file
+from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
-# ------------------------------------------------------------------------------------------------- the metrics
-
-
-def predict(model, split):
-    """Logits (N, C) and labels (N,) of a whole split, on the CPU. Moves the model to the split's device, in eval mode.
-
-    In the order of the split; of several processes each predicts a share, and they follow one another.
-    """
-    model.eval().to(split.device, memory_format=data.memory_format(split.device))
-    with torch.inference_mode():
-        pairs = [(model(images).cpu(), labels.cpu()) for images, labels in split.batches()]
-    logits, labels = zip(*pairs, strict=True)
-    return data.gather(torch.cat(logits)), data.gather(torch.cat(labels))
-
+@torch.inference_mode()
+def predict(model, batches):
+    """Return the logits (N, C) and labels (N,) of all batches, on the CPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    pairs = [(model(images.to(device)).cpu(), labels.cpu()) for images, labels in batches]
+    logits, labels = zip(*pairs)
+    return torch.cat(logits), torch.cat(labels)
 
 def score(logits, labels):
-    """Cross entropy and the fractions of images whose true class is the first, or among the first five, guesses.
+    """Return {"loss", "top1", "top5"}: cross-entropy, and shares of correct predictions.
 
-    Shapes (N, C), (N,). Top-5 of five classes is always right and says nothing, so it is left out there.
+    top5 accepts the five most probable classes; it needs six classes. Shapes (N, C), (N,).
     """
-    right = logits.argmax(dim=1) == labels  # (N,)
-    scores = {"loss": functional.cross_entropy(logits, labels).item(), "top1": right.double().mean().item()}
-    if logits.shape[1] > 5:
-        among = logits.topk(5, dim=1).indices == labels[:, None]  # (N, 5)
-        scores["top5"] = among.any(dim=1).double().mean().item()
-    return scores
-
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
+    hits = (best == labels[:, None]).double()
+    scores = {"loss": functional.cross_entropy(logits, labels).item()}
+    scores |= {"top1": hits[:, 0].mean().item(), "top5": hits.sum(dim=1).mean().item()}
+    return scores if logits.shape[1] > 5 else {"loss": scores["loss"], "top1": scores["top1"]}
 
 def confusion_matrix(labels, predictions, num_classes):
-    """Count how often each class is taken for each other: (N,), (N,) -> (C, C) int64, row = true class.
+    """Count pairs of true and predicted class: (N,), (N,) -> (C, C) int64, one row per true class.
 
-    Each pair (true, predicted) is one number, true · C + predicted, and bincount counts them all at once.
+    Each pair is a different number, true · C + predicted, and bincount counts all numbers at once.
     """
     pairs = labels * num_classes + predictions
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
-
 def classification_report(confusion):
-    """Precision, recall and F1 of each class, and their averages, from a confusion matrix (C, C).
+    """Compute precision, recall and F1 per class, and their averages, from a matrix (C, C).
 
-        precision = right / all that were called so          (column)
-        recall    = right / all that are so                  (row)
-        F1        = 2 · precision · recall / (precision + recall) = 2 · right / (row + column)
+        precision = true positives / all predictions of this class     (column)
+        recall    = true positives / all images of this class          (row)
+        F1        = 2 · precision · recall / (precision + recall)
 
-    What divides by nothing, such as the precision of a class that was never predicted, is 0.
-    Returns {"macro": {...}, "weighted": {...}, "per_class": [{precision, recall, f1, support}, ...]}: macro is the plain mean
-    over the classes, weighted the mean by their number of images (support).
+    A division by zero, such as the precision of a class that was never predicted, gives 0.
+    Returns {"macro": {...}, "weighted": {...}, "per_class": [{precision, recall, f1, support}]}:
+    means over the classes, the second weighted by support, the number of images of a class.
     """
-    confusion = confusion.double().numpy()
-    right, actual, called = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)  # (C,) each
+    confusion = confusion.double()
+    correct, actual, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
     measures = {
-        "precision": right / called.clip(min=1),
-        "recall": right / actual.clip(min=1),
-        "f1": 2 * right / (actual + called).clip(min=1),
-    }
-    rows = zip(*(values.tolist() for values in measures.values()), actual.astype(int).tolist(), strict=True)
-    images = max(actual.sum(), 1)
+        "precision": correct / predicted.clamp(min=1),
+        "recall": correct / actual.clamp(min=1),
+        "f1": 2 * correct / (actual + predicted).clamp(min=1),
+    }  # (C,) each
+    weights = actual / actual.sum().clamp(min=1)
+    columns = [values.tolist() for values in measures.values()] + [actual.long().tolist()]
     return {
-        "macro": {name: float(values.mean()) for name, values in measures.items()},
-        "weighted": {name: float((values * actual).sum() / images) for name, values in measures.items()},
-        "per_class": [dict(zip((*measures, "support"), row, strict=True)) for row in rows],
+        "macro": {name: values.mean().item() for name, values in measures.items()},
+        "weighted": {name: (values * weights).sum().item() for name, values in measures.items()},
+        "per_class": [dict(zip((*measures, "support"), row)) for row in zip(*columns)],
     }
-
-
-def find_notes(confusion, classes):
-    """What a reader of the report should know, as lines: values that are 0 by definition, and what is confused most."""
-    notes = []
-    for dim, text in ((0, "never predicted, so their precision is 0"), (1, "without images, so their recall is 0")):
-        names = [classes[index] for index in (confusion.sum(dim=dim) == 0).nonzero().flatten()]
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        notes += [f"classes {text}: {', '.join(names[:10])}{more}"] if names else []
-    wrong = confusion.clone().fill_diagonal_(0)
-    most = sorted(wrong.nonzero().tolist(), key=lambda cell: -wrong[tuple(cell)])[:3]
-    pairs = [f"{classes[true]} → {classes[guess]} ({wrong[true, guess]}×)" for true, guess in most]
-    return notes + ([f"most often confused: {', '.join(pairs)}"] if pairs else [])
-
-
-def measure_text(name):
-    """Columns in a terminal, where a Chinese character is as wide as two Latin ones."""
-    return len(name) + sum(unicodedata.east_asian_width(character) in "WF" for character in name)
-
 
 def format_report(report, scores, classes):
-    """The report as aligned text, a line a class, in scikit-learn's form."""
-    width = max(map(measure_text, (*classes, "weighted avg")))
+    """Format the report as a table with one line per class, like scikit-learn's."""
+
+    def columns(name):  # in a terminal, where a Chinese character takes two
+        return len(name) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in name)
+
+    width = max(map(columns, (*classes, "weighted avg")))
+    support = {"support": sum(row["support"] for row in report["per_class"])}
+    averages = {f"{name} avg": report[name] | support for name in ("macro", "weighted")}
     lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
-    total = sum(row["support"] for row in report["per_class"])
-    averages = [(f"{name} avg", report[name] | {"support": total}) for name in ("macro", "weighted")]
-    for name, row in [*zip(classes, report["per_class"], strict=True), *averages]:
+    for name, row in [*zip(classes, report["per_class"]), *averages.items()]:
         if name == "macro avg":
-            lines += ["", f"{'accuracy':>{width}}  {'':9}  {'':6}  {scores['top1']:8.4f}  {total:7d}"]
-        precision, recall, f1, support = row.values()
-        space = " " * (width - measure_text(name))
-        lines.append(f"{space}{name}  {precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}")
-    lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
-    return "\n".join(lines)
+            lines += ["", f"{'accuracy':>{width}}{scores['top1']:29.4f}  {row['support']:7d}"]
+        text = "{precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}".format(**row)
+        lines.append(f"{' ' * (width - columns(name))}{name}  {text}")
+    return "\n".join([*lines, "", "  ".join(f"{name} {scores[name]:.4f}" for name in scores)])
 
-
-# ------------------------------------------------------------------------------------------------ the pictures
-
-RIGHT, WRONG = "#1a7f37", "#cf222e"
+# ---------------------------------------------------------------------------------------- pictures
+GREEN, RED = "#1a7f37", "#cf222e"
 UNKNOWN = -1  # the label of an image that has none
-EXPLANATION = "bright: where the network saw the class that it predicts"
-
+EXPLANATION = "bright: evidence for the predicted class"
 
 def plot_confusion(confusion, classes, path):
-    """The matrix, each row divided by its sum; in the cells, where they fit, the counts, and these shares below them."""
+    """Draw the matrix: the colour is the share of the true class, the number is the count."""
     side = min(max(5.5, 0.45 * len(classes)), 16)  # inches
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
-    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    # The square root lets single mistakes be seen; among 1,000 classes a cell is a pixel or two.
-    picture = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    figure.colorbar(picture, label="share of the true class", shrink=0.8, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
-    axes.set(xlabel="predicted", ylabel="true", title=f"{confusion.diagonal().sum()} of {confusion.sum()} right")
-    cell = 0.8 * 72 * side / len(classes)  # points
-    if cell >= 8:
-        names, size = [data.shorten(name) for name in classes], min(10, cell)
-        rotation = 90 if size * max(map(len, names)) > cell else 0  # no letter is wider than it is high
-        axes.set_xticks(range(len(classes)), names, rotation=rotation, fontsize=size)
-        axes.set_yticks(range(len(classes)), names, fontsize=size)
-    size = min(10, cell / (0.65 * max(len(str(int(confusion.max()))), 2)))  # a digit is as wide as 0.65 of its height
-    for row, column in confusion.nonzero().tolist() if size >= 5 else ():
-        share = shares[row, column].item()
-        text = f"{confusion[row, column]}\n{share:.0%}" if cell >= 25 else f"{confusion[row, column]}"
-        colour = "white" if share > 0.3 else "black"
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size, linespacing=1)
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    norm = PowerNorm(0.5, 0, 1)  # the square root makes single mistakes visible
+    picture = axes.imshow(shares.numpy(), cmap="Blues", norm=norm, interpolation="nearest")
+    figure.colorbar(picture, label="share of the true class", shrink=0.8)
+    title = f"{confusion.diagonal().sum()} of {confusion.sum()} correct"
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    if len(classes) <= 50:  # more names and numbers would be too small to read
+        style, names = {"fontsize": min(10, 300 / len(classes))}, [name[:16] for name in classes]
+        rotation = 90 if max(map(len, names)) > 2 else 0
+        axes.set_xticks(range(len(classes)), names, rotation=rotation, **style)
+        axes.set_yticks(range(len(classes)), names, **style)
+        for row, column in confusion.nonzero().tolist():
+            style["color"] = "white" if shares[row, column] > 0.3 else "black"
+            count = confusion[row, column].item()
+            axes.text(column, row, count, ha="center", va="center", **style)
     figure.savefig(path, dpi=120)
 
+def class_activation_map(model, images, classes):
+    """Compute where the network sees a class: (N, 3, S, S), (N,) -> (N, h, w), parts of the logit.
 
-def plot_predictions(path, split, logits, classes, title, indices, model=None):
-    """A grid of images of `split`: predicted class and confidence, in green if right; in red the true class, too.
-
-    Those of the label UNKNOWN have their file's name instead, in black. model: beside each image, where this network looked.
-    Returns the picture's name in a list, which is empty without images.
-    """
-    if len(indices) == 0:
-        path.unlink(missing_ok=True)  # that of an earlier run would tell of other images
-        return []
-    images = torch.cat([batch for batch, _ in split.subset(indices).batches()])
-    pictures = data.to_pictures(images, split.preprocessing)
-    confidences, guesses = logits[indices].softmax(dim=1).max(dim=1)
-    names, colours = [], []
-    for index, guess, confidence in zip(indices.tolist(), guesses.tolist(), confidences, strict=True):
-        label = split.labels[index].item()
-        before = Path(split.name(index)).name if label == UNKNOWN else classes[label] + " →" if label != guess else ""
-        names.append(f"{data.shorten(before)}\n{data.shorten(classes[guess], 11)} · {confidence:.0%}")
-        colours.append("black" if label == UNKNOWN else RIGHT if label == guess else WRONG)
-    if model is not None:
-        heat = colour_activations(find_activations(model, images, guesses), pictures, model.arch["output_stride"])
-        pictures = [picture for pair in zip(pictures, heat, strict=True) for picture in pair]
-        names = [text for name in names for text in (name, "")]
-        colours = [colour for colour in colours for _ in range(2)]
-    data.plot_grid(path, title, pictures, names, colours)
-    return [path.name]
-
-
-def find_activations(model, images, chosen):
-    """Where the network saw the classes `chosen`: class activation maps, (N, 3, S, S), (N,) -> (N, h, w), in logits.
-
-    With the head's maps m (N, 1280, h, w), the classifier's weights w and bias b, the logit of class c is
+    With the head's feature maps m (N, 1280, h, w), and weights w and bias b of the classifier, the
+    logit of class c is
 
         w_c · mean(m) + b_c  =  mean(w_c · m) + b_c        (means over the h × w places)
 
-    so that w_c · m says of each place how much it adds to the logit (Zhou et al., arXiv:1512.04150, equations 1 and 2).
+    so w_c · m at one place is its part of the logit (Zhou et al., arXiv:1512.04150, equation 2).
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         maps = model.head(model.blocks(model.stem(images)))
-        return torch.einsum("nchw,nc->nhw", maps, model.classifier.weight[chosen.to(images.device)]).cpu()
+        return torch.einsum("nchw,nc->nhw", maps, model.classifier.weight[classes])
 
+def overlay(maps, images, stride):
+    """Draw the positive part of activation maps (N, h, w) over images (N, 3, S, S) in 0..1.
 
-def colour_activations(maps, pictures, stride):
-    """Activation maps (N, h, w), what speaks against the class left out, as heat over numpy pictures (N, S, S, 3).
-
-    A convolution of stride 2 centres its output i on its input 2 · i, so that cell i of the map belongs around pixel i · stride.
+    A convolution with stride 2 centres output i on input 2 · i: cell i belongs to pixel i · stride.
     """
     maps = maps.clamp(min=0) / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
-    reach = 1 + stride * (maps.shape[-1] - 1)
-    maps = functional.interpolate(maps[:, None], size=(reach, reach), mode="bilinear", align_corners=True)
-    maps = functional.pad(maps, [0, pictures.shape[1] - reach] * 2, mode="replicate")[:, 0]
-    grey = pictures.mean(axis=3, keepdims=True)  # colours would mix with those of the heat
-    return 0.4 * grey + 0.6 * colormaps["inferno"](maps.numpy())[..., :3]
+    covered = 1 + stride * (maps.shape[-1] - 1)  # from the centre of the first cell to the last
+    maps = functional.interpolate(maps[:, None], covered, mode="bilinear", align_corners=True)
+    maps = functional.pad(maps, [0, images.shape[-1] - covered] * 2, mode="replicate")[:, 0]
+    heat = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3]).movedim(3, 1)
+    return 0.4 * images.mean(dim=1, keepdim=True) + 0.6 * heat  # on grayscale images
 
+def plot_predictions(path, title, dataset, split, logits, indices, explain=None):
+    """Draw images with predicted class and confidence: green is correct, red is incorrect.
+
+    Red text begins with the true class; an image without a label has its file's name in black.
+    explain: a model; its class activation map is drawn beside each image.
+    """
+    path.unlink(missing_ok=True)  # an older picture would show other predictions
+    if len(indices) == 0:
+        return
+    images = torch.cat([images for images, _ in dataset.batches(split, indices=indices)])
+    pictures = data.to_pixels(images, dataset.preprocessing)
+    confidences, predictions = logits[indices].softmax(dim=1).max(dim=1)
+    names, colours, (files, labels) = [], [], dataset.splits[split]
+    for index, prediction, confidence in zip(indices, predictions, confidences):
+        above, colour = f"{dataset.classes[labels[index]]} →", RED
+        if labels[index] == UNKNOWN:
+            above, colour = Path(files[index]).name, "black"
+        elif labels[index] == prediction:
+            above, colour = "", GREEN
+        names.append(f"{above}\n{dataset.classes[prediction][:11]} · {confidence:.0%}")
+        colours.append(colour)
+    if explain is not None:
+        maps = class_activation_map(explain, images, predictions.to(images.device)).cpu()
+        heat = overlay(maps, pictures, explain.arch["output_stride"])
+        pictures = torch.stack([pictures, heat], dim=1).flatten(0, 1)  # image, heat, image, ...
+        names = [text for name in names for text in (name, "")]
+        colours = [colour for colour in colours for _ in range(2)]
+    data.plot_grid(path, title, pictures, names, colours)
 
 def plot_history(history, path, title=""):
-    """Loss and accuracy of a run, epoch by epoch; a dashed line where another stage begins."""
+    """Draw loss and accuracy per epoch, with a dashed line where a stage begins."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(title)
-    epochs = range(1, len(history) + 1)
-    changes = [done for done in range(1, len(history)) if history[done]["stage"] != history[done - 1]["stage"]]
-    for axes, key, title in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "accuracy (top 1)"), strict=True):
-        # Training may well look worse than validation: dropout, augmented images, and a loss with label smoothing.
-        for part, colour, label in (("train", "#8c959f", "training (made harder)"), ("val", "#0969da", "validation")):
-            axes.plot(epochs, [row[f"{part}_{key}"] for row in history], ".-", color=colour, label=label)
-        for done in changes:
-            axes.axvline(done + 0.5, color="black", ls="--", lw=1, label=f"stage: {history[done]['stage']}")
-        axes.set(xlabel="epoch", title=title)
+    epochs = [row["epoch"] for row in history]
+    # Training often looks worse: it has dropout, augmentation and label smoothing.
+    curves = (("train", "#8c959f", "training"), ("val", "#0969da", "validation"))
+    for axes, key in zip(figure.subplots(1, 2), ("loss", "top1")):
+        for split, colour, label in curves:
+            values = [row[f"{split}_{key}"] for row in history]
+            axes.plot(epochs, values, ".-", color=colour, label=label)
+        for before, row in zip(history, history[1:]):
+            if row["stage"] != before["stage"]:
+                style = {"color": "black", "ls": "--", "lw": 1, "label": f"stage: {row['stage']}"}
+                axes.axvline(row["epoch"] - 0.5, **style)
+        axes.set(xlabel="epoch", title="loss" if key == "loss" else "accuracy (top 1)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
 
-
-# -------------------------------------------------------------------------------------------------- the script
-
-
+# -------------------------------------------------------------------------------------- the script
 def write_table(path, rows):
-    """Write lists of values, the first one the names of the columns, as a CSV file."""
+    """Write rows as a CSV file; the first row has the column names."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_file(path, text.getvalue().encode())
 
+def write_predictions(path, names, labels, logits, classes):
+    """Write the name, true class and three most probable classes of each image. Returns rows."""
+    confidences, predictions = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
+    header = ["predicted", "confidence", "second", "confidence_2", "third", "confidence_3"]
+    rows = [["image", "true", *header[: 2 * predictions.shape[1]]]]
+    for name, label, *best in zip(names, labels, predictions.tolist(), confidences.tolist()):
+        cells = [cell for index, p in zip(*best) for cell in (classes[index], f"{p:.6f}")]
+        rows.append([name, "" if label == UNKNOWN else classes[label], *cells])
+    write_table(path, rows)
+    return rows[1:]
 
-def likeliest(logits, classes):
-    """The three likeliest classes of each image, (N, C) -> N lists of (name, confidence)."""
-    confidences, guesses = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
-    rows = zip(guesses.tolist(), confidences.tolist(), strict=True)
-    return [[(classes[guess], confidence) for guess, confidence in zip(*row, strict=True)] for row in rows]
+def load_test(args):
+    """Load the network of --checkpoint, and the dataset of --data as the network expects it.
 
+    Returns (model, checkpoint, dataset, split): "test", or "val" if there is no test split.
+    Raises DataError if network and dataset have different classes.
+    """
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    dataset = data.load_for(args, checkpoint["preprocessing"])
+    known, found = checkpoint["classes"], dataset.classes
+    if known != found and (known or len(found) != checkpoint["arch"]["num_classes"]):
+        known = class_names(checkpoint)
+        problem = f"'{args.checkpoint}' has the classes {known[:3]}, '{args.data}' has {found[:3]}"
+        raise data.DataError(f"{problem}: use other --data, or fine-tune the network on these")
+    split = "test" if "test" in dataset.splits else "val"
+    return model.to(args.device, memory_format=data.MEMORY_FORMAT), checkpoint, dataset, split
 
-def write_predictions(path, split, logits, classes):
-    """A line an image, in the order of the split: its name, its class where that is known, the three likeliest ones."""
-    header = ["image", "true", "predicted", "confidence", "second", "confidence_2", "third", "confidence_3"]
-    table = [header[: 2 + 2 * min(3, len(classes))]]
-    for index, (label, named) in enumerate(zip(split.labels.tolist(), likeliest(logits, classes), strict=True)):
-        cells = [cell for name, confidence in named for cell in (name, f"{confidence:.6f}")]
-        table.append([split.name(index), "" if label == UNKNOWN else classes[label], *cells])
-    write_table(path, table)
-
-
-def name_classes(checkpoint):
-    """The names that a checkpoint has for its classes; a file in torchvision's names has none: ImageNet's, or numbers."""
-    count, names = checkpoint["arch"]["num_classes"], checkpoint["classes"]
-    if count == 1000 and not names:
-        names = MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"]  # two of which it has twice
-        names = [f"{name} ({index})" if names.count(name) > 1 else name for index, name in enumerate(names)]
+def class_names(checkpoint):
+    """List the class names; a file of torchvision's weights has none: ImageNet's, or numbers."""
+    names, count = checkpoint["classes"], checkpoint["arch"]["num_classes"]
+    if not names and count == 1000:
+        names = MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"]
     return names or [f"class {index}" for index in range(count)]
 
-
-def load_for_evaluation(args, device):
-    """The network of --checkpoint and the images of --data, as it was trained to see them.
-
-    Returns (model, checkpoint, dataset, split, "test" or "val", where there is no test split). Raises CheckpointError or
-    DataError, also when their classes differ; a file in torchvision's names says only how many, and takes those of the data.
-    """
-    checkpoint = read_pretrained(args.checkpoint)
-    dataset = data.load_for(args, checkpoint["preprocessing"], device)
-    there, count = dataset.classes, checkpoint["arch"]["num_classes"]
-    if not checkpoint["classes"] and count == len(there):
-        checkpoint["classes"] = there
-    known = name_classes(checkpoint)
-    if known != there:
-        knows, has = (", ".join(names[:3]) for names in (known, there))
-        counts = f"'{args.checkpoint}' knows {count} classes ({knows}, ...), '{args.data}' has {len(there)} ({has}, ...)"
-        raise data.DataError(f"{counts}: name the data it was trained on with --data, or fine-tune it on these")
-    split = (dataset.test, "test") if dataset.test else (dataset.val, "val")
-    return load_pretrained(checkpoint), checkpoint, dataset, *split
-
-
-def draw(args, model, checkpoint, split, logits, confusion):
-    """Draw all pictures of an evaluation. Returns their names."""
-    classes = checkpoint["classes"]
-    data.find_fonts(classes)
-    plot_confusion(confusion, classes, args.out / "confusion.png")
-    written = ["confusion.png"]
-    if checkpoint["history"]:
-        plot_history(checkpoint["history"], args.out / "curves.png", "the run up to the epoch whose weights these are")
-        written.append("curves.png")
-    some = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:32]  # the same ones every time
-    confidences, guesses = logits.softmax(dim=1).max(dim=1)
-    right = guesses == split.labels
-    mistakes = confidences.masked_fill(right, -1).argsort(descending=True)[: (~right).sum()]
-    looked = torch.cat([mistakes[:8], some[right[some]][:8]]) if args.explain else some[:0]
-    for name, *about in (
-        ("samples.png", "green: right · red: true → predicted · confidence", some.sort().values),
-        ("mistakes.png", "the most confident mistakes: true → predicted", mistakes[:32]),
-        ("explanation.png", f"{EXPLANATION}; the most confident mistakes, and some that are right", looked, model),
-    ):
-        written += plot_predictions(args.out / name, split, logits, classes, *about)
-    return written
-
-
-def evaluate(args, device):
-    """Score a checkpoint on images whose classes are known. Returns the names of the files that it wrote."""
-    model, checkpoint, _, split, split_name = load_for_evaluation(args, device)
-    classes = checkpoint["classes"]
-    if split_name == "val":
-        print(f"note: {args.data} has no test split; this is its validation split, on which the checkpoint was chosen")
-    logits, labels = predict(model, split)
-    scores = score(logits, labels)
-    confusion = confusion_matrix(labels, logits.argmax(dim=1), len(classes))
-    report, notes = classification_report(confusion), find_notes(confusion, classes)
-    title = f"{args.checkpoint} on {len(split)} images of {args.data} ({split_name})"
-    text = "\n".join([title, "", format_report(report, scores, classes), *notes])
-
-    metrics = {"checkpoint": args.checkpoint, "data": args.data, "split": split_name, "images": len(split)}
-    metrics |= scores | report | {"notes": notes, "per_class": dict(zip(classes, report["per_class"], strict=True))}
-    write_file(args.out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
-    write_file(args.out / "report.txt", (text + "\n").encode())
-    write_predictions(args.out / "predictions.csv", split, logits, classes)
-    written = ["metrics.json", "report.txt", "predictions.csv"]
-    written += draw(args, model, checkpoint, split, logits, confusion)
+def evaluate(args):
+    """Score a checkpoint on labelled images, and write the report and the pictures."""
+    model, checkpoint, dataset, split = load_test(args)
+    logits, labels = predict(model, dataset.batches(split))
+    predictions, classes, out = logits.argmax(dim=1), dataset.classes, args.out
+    scores, confusion = score(logits, labels), confusion_matrix(labels, predictions, len(classes))
+    report = classification_report(confusion)
+    text = f"{args.checkpoint} on {len(labels)} images of {args.data} ({split})\n\n"
+    text += format_report(report, scores, classes)
+    if split == "val":
+        text += "\nno test split: these images also chose the checkpoint"
     print(text)
-    return written
+    write_file(out / "report.txt", f"{text}\n".encode())
+    metrics = {"checkpoint": args.checkpoint, "data": args.data, "split": split} | scores | report
+    metrics |= {"images": len(labels), "per_class": dict(zip(classes, report["per_class"]))}
+    write_file(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
+    images = dataset.splits[split][0]
+    names = range(len(images)) if isinstance(images, torch.Tensor) else images
+    write_predictions(out / "predictions.csv", names, labels, logits, classes)
+    plot_confusion(confusion, classes, out / "confusion.png")
+    if checkpoint["history"]:
+        plot_history(checkpoint["history"], out / "curves.png", "up to the chosen epoch")
+    some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:32]
+    correct = predictions == labels
+    confidences = logits.softmax(dim=1).amax(dim=1).masked_fill(correct, -1)
+    mistakes = confidences.argsort(descending=True)[: (~correct).sum()]
+    source, title = (dataset, split, logits), "green: correct · red: true class → predicted class"
+    plot_predictions(out / "samples.png", title, *source, some.sort().values)
+    plot_predictions(out / "mistakes.png", "most confident mistakes", *source, mistakes[:32])
+    if args.explain:
+        chosen = torch.cat([mistakes[:8], some[correct[some]][:8]])
+        plot_predictions(out / "explanation.png", EXPLANATION, *source, chosen, model)
 
-
-def classify(args, device):
-    """Say what is on pictures without labels. Returns the names of the files that it wrote."""
-    checkpoint = read_pretrained(args.checkpoint)
-    model, classes = load_pretrained(checkpoint), name_classes(checkpoint)
-    common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
-    split = data.load_pictures(args.images, preprocessing=checkpoint["preprocessing"], **common)
-    split.labels.fill_(UNKNOWN)
-    logits, _ = predict(model, split)
-    write_predictions(args.out / "images.csv", split, logits, classes)
-    first = torch.arange(len(split))[:32]
-    data.find_fonts([*classes, *(Path(split.name(index)).name for index in first)])
-    title = f"predicted class · confidence{' · the first 32' * (len(split) > 32)}"
-    written = ["images.csv", *plot_predictions(args.out / "images.png", split, logits, classes, title, first)]
-    looked = first[:16] if args.explain else first[:0]
-    written += plot_predictions(args.out / "images-explanation.png", split, logits, classes, EXPLANATION, looked, model)
-    for index, named in enumerate(likeliest(logits, classes)):
-        print(f"{split.name(index)}: {', '.join(f'{name} {confidence:.1%}' for name, confidence in named)}")
-    return written
-
+def classify(args):
+    """Predict the classes of --images, which have no labels."""
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    folders = [data.find_images(path) if path.is_dir() else [path] for path in args.images]
+    paths = numpy.array([path for folder in folders for path in folder])
+    if len(paths) == 0:
+        raise data.DataError("--images: no images found; name files, or folders of images")
+    classes, preprocessing = class_names(checkpoint), data.PHOTOS | checkpoint["preprocessing"]
+    splits = {"test": (paths, torch.full((len(paths),), UNKNOWN))}
+    dataset = data.Data(classes, preprocessing, splits, None, 1, args.batch_size, args.workers)
+    logits, labels = predict(model.to(args.device), dataset.batches("test"))
+    rows = write_predictions(args.out / "images.csv", paths, labels, logits, classes)
+    for path, _, *best in rows:
+        best = [f"{name} {float(p):.1%}" for name, p in zip(best[::2], best[1::2])]
+        print(f"{path}: {', '.join(best)}")
+    source, first = (dataset, "test", logits), torch.arange(len(paths))[:32]
+    plot_predictions(args.out / "images.png", "predicted class · confidence", *source, first)
+    if args.explain:
+        path = args.out / "images-explanation.png"
+        plot_predictions(path, EXPLANATION, *source, first[:16], model)
 
 def main():
-    parser = data.command_line("Evaluate a checkpoint, or classify --images.", "digits", "runs/evaluate", batch_size=256)
-    parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help="a torchvision .pth, or imagenet, will do, too")
-    parser.add_argument("--images", nargs="+", type=Path, help="pictures and folders of them, to classify without labels")
-    parser.add_argument("--explain", action="store_true", help="draw where the network looked, too")
-    data.add_device_option(parser)
-    args = parser.parse_args()
-    device = data.choose_device(args.device)
-    written = classify(args, device) if args.images else evaluate(args, device)
-    print(f"\nwrote {', '.join(written)} to {args.out}")
+    defaults = {"data": "digits", "out": Path("runs/evaluate"), "batch_size": 256}
+    defaults |= {"checkpoint": "runs/finetune/best.pt", "images": None, "explain": False}
+    args = data.parse_arguments("Evaluate a checkpoint.", defaults)
+    (classify if args.images else evaluate)(args)
+    print(f"\nwrote the results to {args.out}")
     if not args.images:
-        print(f"next: python export.py --checkpoint {shlex.quote(args.checkpoint)} {data.data_options(args)}")
-
+        checkpoint, name = shlex.quote(args.checkpoint), shlex.quote(args.data)
+        print(f"next: python export.py --checkpoint {checkpoint} --data {name}")
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

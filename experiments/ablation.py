@@ -1,41 +1,44 @@
-"""The paper's claims, live: what becomes of the accuracy when a block is built otherwise? Figure 6 of the paper, in small.
+"""Test the paper's claims: change the block, and measure the accuracy (Figure 6, at small scale).
 
-    python experiments/ablation.py                       # letters, three seeds, the settings of train.py
-    python experiments/ablation.py --epochs 3            # the table and the picture in the README
+    python experiments/ablation.py                # letters, three seeds, the settings of train.py
+    python experiments/ablation.py --epochs 3     # the table and the picture in the README
 
     the paper's            linear bottlenecks, and shortcuts between them
-    ReLU6 in bottlenecks   an activation after each projection (§3.2 and Figure 6a: it destroys information)
-    wide shortcuts         as many, but between the expanded ends of the blocks, behind their ReLU6 (§3.3 and Figure 6b)
+    ReLU6 in bottlenecks   an activation after each projection (§3.2, Figure 6a)
+    wide shortcuts         as many, between the wide ends of the blocks (§3.3, Figure 6b)
     no shortcuts           (Figure 6b)
 
-Each changes a network that is built already, and none its weights: all begin with the same ones, and see the same images. The
-best epoch is chosen on the validation split; the accuracy is that on the test split, or where there is none on the validation
-split. All on the CPU, with the rate that was chosen for the paper's block. Mean and standard deviation over seeds.
+A variant changes a network that is already built, but not its weights: all variants start with the
+same weights and see the same images, on the CPU. The learning rate was chosen for the paper's
+block. The best epoch is chosen on the validation split. The accuracy is that on the test split, or
+on the validation split if there is no other. Mean and standard deviation (std) over seeds.
 """
 
 import argparse
+import copy
 import statistics
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import train  # noqa: E402
-from evaluate import predict, score, write_table  # noqa: E402
-from mobilenetv2 import CheckpointError, MobileNetV2, read_file  # noqa: E402
+from evaluate import write_table  # noqa: E402
+from mobilenetv2 import MobileNetV2  # noqa: E402
 
 
 class WideShortcuts(nn.Sequential):
-    """The blocks, with shortcuts between their wide ends: what a block's expansion gives is added to the next one's.
+    """Blocks with shortcuts between their wide ends: the sum of this and the last expansion.
 
-    Between two of them lie a depthwise convolution, the narrow end, and an expansion: a ResNet's block. Where the expanded maps
-    of neighbours have the same shape there is one, which makes ten, as in the paper's network.
+    Depthwise convolution, narrow end and expansion lie between two wide ends, as in a ResNet block.
+    Ten pairs of neighbours have expanded maps of the same shape: as many as the paper's shortcuts.
     """
 
     def forward(self, x):
@@ -48,58 +51,84 @@ class WideShortcuts(nn.Sequential):
         return x
 
 
-def leave(model):
+def change_nothing(model):
     pass
 
 
 def add_activations(model):
     for block in model.blocks:
-        block.project.add_module("activation", nn.ReLU6(inplace=True))
+        block.project.activation = nn.ReLU6(inplace=True)
 
 
 def widen_shortcuts(model):
     model.blocks = WideShortcuts(*model.blocks)
 
 
-def drop_shortcuts(model):
+def remove_shortcuts(model):
     for block in model.blocks:
         block.use_residual = False
 
 
-VARIANTS = {  # how it is built, and the colour of its line
-    "the paper's": (leave, "#0969da"),
+VARIANTS = {  # name: (function that changes the network, colour of its line)
+    "the paper's": (change_nothing, "#0969da"),
     "ReLU6 in bottlenecks": (add_activations, "#bf8700"),
     "wide shortcuts": (widen_shortcuts, "#8250df"),
-    "no shortcuts": (drop_shortcuts, "#8c959f"),
+    "no shortcuts": (remove_shortcuts, "#8c959f"),
 }
 
 
+def train_network(model, dataset, epochs, seed):
+    """Train as train.py does with its defaults, and keep the best weights in `model`.
+
+    Returns the validation accuracy of each epoch.
+    """
+    groups = train.parameter_groups(model.parameters(), learning_rate=0.1, weight_decay=4e-5)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
+    scheduler = train.make_scheduler("cosine", optimizer, epochs, len(batches))
+    loss_function = partial(functional.cross_entropy, label_smoothing=0.1)
+    accuracies = []
+    for epoch in range(epochs):
+        torch.manual_seed(hash((seed, epoch, 0)))
+        model.train()
+        train.train_epoch(model, batches, optimizer, scheduler, loss_function)
+        accuracies.append(train.validate(model, val_batches)["val_top1"])
+        print(f"epoch {epoch + 1}  validation accuracy {accuracies[-1]:.2%}", flush=True)
+        if accuracies[-1] == max(accuracies):
+            best = copy.deepcopy(model.state_dict())
+    model.load_state_dict(best)
+    return accuracies
+
+
+def final_accuracy(model, dataset):
+    """Return the accuracy on the test split, or on the validation split if there is no other."""
+    split = "test" if "test" in dataset.splits else "val"
+    return train.validate(model, dataset.batches(split))["val_top1"]
+
+
 def measure(change, args, seed):
-    """Train a network that `change` has changed. Returns the validation accuracy of each epoch, and the test accuracy."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--data", args.data, "--data-dir", str(args.data_dir), "--epochs", str(args.epochs), "--seed", str(seed)]
-        settings = train.parse_arguments([*options, "--out", folder])
-        dataset = data.load_for(settings)
-        torch.manual_seed(seed)
-        model = MobileNetV2(len(dataset.classes), args.width, output_stride=16).to(memory_format=torch.channels_last)
-        change(model)
-        history = train.train_network(settings, model, dataset).history
-        model.load_state_dict(read_file(Path(folder, "best.pt"))["model"])
-    return [row["val_top1"] for row in history], score(*predict(model, dataset.test or dataset.val))["top1"]
+    """Train a changed network. Returns the validation accuracy per epoch, and the test accuracy."""
+    dataset = data.load_data(args.data, data_dir=args.data_dir, batch_size=64)
+    torch.manual_seed(seed)
+    model = MobileNetV2(len(dataset.classes), args.width, output_stride=16)
+    model.to(memory_format=data.MEMORY_FORMAT)
+    change(model)
+    curve = train_network(model, dataset, args.epochs, seed)
+    return curve, final_accuracy(model, dataset)
 
 
 def plot(curves, accuracies, args):
-    """Validation accuracy epoch by epoch, a line a variant, with the deviation over seeds as a bar."""
+    """Draw validation accuracy per epoch, one line per variant; bars show the std over seeds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for index, (name, (_, colour)) in enumerate(VARIANTS.items()):
-        columns = [[100 * value for value in column] for column in zip(*curves[name], strict=True)]  # (epochs, seeds)
-        places = [epoch + 0.94 + 0.04 * index for epoch in range(args.epochs)]  # beside each other
+        columns = [[100 * value for value in column] for column in zip(*curves[name])]  # per epoch
+        places = [epoch + 0.94 + 0.04 * index for epoch in range(args.epochs)]  # side by side
         label = "{}: test {:.1f} ± {:.1f}%".format(name, *accuracies[name])
-        means, deviations = map(statistics.mean, columns), map(statistics.stdev, columns)
-        axes.errorbar(places, list(means), list(deviations), fmt=".-", color=colour, capsize=3, label=label)
+        means, stds = [list(map(f, columns)) for f in (statistics.mean, statistics.stdev)]
+        axes.errorbar(places, means, stds, fmt=".-", color=colour, capsize=3, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    title = f"{args.data}, width {args.width:g}: mean and deviation over {args.seeds} seeds"
+    title = f"{args.data}, width {args.width:g}: mean and std over {args.seeds} seeds"
     axes.set(xlabel="epoch", ylabel="validation accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -107,29 +136,32 @@ def plot(curves, accuracies, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="glyphs", help="as train.py's, and so is the next")
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"))
-    data.add_number(parser, "--epochs", int, 1, 100_000, 5, "of train.py")
-    data.add_number(parser, "--width", float, 0.05, 4, 0.5, "width multiplier")
-    data.add_number(parser, "--seeds", int, 2, 1000, 3, "how many")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder for the table and the picture")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--data", default="glyphs", help="dataset, or folder of images")
+    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="downloads")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs per network (default: 5)")
+    parser.add_argument("--width", type=float, default=0.5, help="width multiplier (default: 0.5)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="results")
     args = parser.parse_args()
+    if args.epochs < 1 or args.seeds < 2:
+        parser.error("use --epochs 1 or more, and --seeds 2 or more")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    curves, accuracies, table = {}, {}, [["variant", "test accuracy", "deviation"]]
+    curves, accuracies, table = {}, {}, [["variant", "test accuracy", "std"]]
     for name, (change, _) in VARIANTS.items():
         print(f"\n{name}", flush=True)
-        curves[name], tested = zip(*[measure(change, args, seed) for seed in range(args.seeds)], strict=True)
+        curves[name], tested = zip(*(measure(change, args, seed) for seed in range(args.seeds)))
         accuracies[name] = 100 * statistics.mean(tested), 100 * statistics.stdev(tested)
         table.append([name, *(f"{value:.2f}" for value in accuracies[name])])
         write_table(args.out / "ablation.csv", table)
     plot(curves, accuracies, args)
     print()
-    for name, accuracy, deviation in table[1:]:
-        print(f"{name:22}{accuracy:>7} ± {deviation}%")
+    for name, accuracy, std in table[1:]:
+        print(f"{name:22}{accuracy:>7} ± {std}%")
     print(f"wrote ablation.csv and ablation.png to {args.out}")
 
 
 if __name__ == "__main__":
-    data.run(main, CheckpointError)
+    data.run(main)

@@ -1,22 +1,25 @@
-"""MobileNetV2 beside ResNet18, the network of most courses: the same data, the same two stages of finetune.py.
+"""Compare MobileNetV2 with ResNet18, the network of most courses: same data, same two stages.
 
-    python experiments/resnet18.py --data mnist                # both learn letters first, then MNIST: nothing but MNIST is downloaded
-    python experiments/resnet18.py --data mnist --imagenet     # both start from torchvision's ImageNet weights,
-                                                               V2 for MobileNetV2, V1 for ResNet18, which has no other
+    python experiments/resnet18.py --data mnist              # both learn letters, then MNIST
+    python experiments/resnet18.py --data mnist --imagenet   # both start from torchvision's weights
 
-ResNet18 is torchvision's (He et al., arXiv:1512.03385, Table 1) behind an adapter with the names of our network's parts: that is
-all that finetune.py asks of a network. Accuracy is that of the best epoch (chosen on validation) on the test split, or
-where there is none on the validation split.
+The ImageNet weights are V2 for MobileNetV2, and V1 for ResNet18, which has no others. ResNet18 is
+torchvision's (He et al., arXiv:1512.03385, Table 1), with its parts renamed for finetune.py. The
+best epoch is chosen on the validation split. The accuracy is that on the test split, or on the
+validation split if there is no other.
 """
 
 import argparse
+import copy
 import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from ablation import final_accuracy, train_network
 from torch import nn
+from torch.nn import functional
 from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,23 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import finetune  # noqa: E402
 import train  # noqa: E402
-from evaluate import predict, score  # noqa: E402
 from mobilenetv2 import (  # noqa: E402
     CheckpointError,
     MobileNetV2,
     count_macs,
     count_parameters,
-    load_pretrained,
-    read_file,
+    load_checkpoint,
     replace_classifier,
 )
 
 
 class ResNet18(nn.Module):
-    """torchvision's ResNet18 with the parts that finetune.py divides: .stem, .blocks (8), .head, .dropout, .classifier.
+    """torchvision's ResNet18 as .stem, .blocks (8), .head, .dropout and .classifier.
 
-    small: without the first pooling, for images of 32 pixels, as output_stride=16 is for MobileNetV2. Shape:
-    (N, 3, S, S) -> (N, num_classes).
+    small: leave out the first pooling, for images of 32 pixels, like output_stride=16.
+    Shape: (N, 3, S, S) -> (N, num_classes).
     """
 
     def __init__(self, num_classes, small, weights=None):
@@ -48,12 +49,13 @@ class ResNet18(nn.Module):
         try:
             network = models.resnet18(weights=weights)
         except OSError as error:
-            folder = Path(torch.hub.get_dir(), "checkpoints")
-            raise data.DataError(f"no ImageNet weights ({error}): fetch {weights.url} and put it into '{folder}'") from error
+            fix = f"download {weights.url} into '{torch.hub.get_dir()}/checkpoints'"
+            raise data.DataError(f"no ImageNet weights ({error}): {fix}") from error
         pooling = nn.Identity() if small else network.maxpool
         self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, pooling)
-        self.blocks = nn.Sequential(*network.layer1, *network.layer2, *network.layer3, *network.layer4)
-        self.head = nn.Identity()  # its last block gives the 512 features
+        groups = (network.layer1, network.layer2, network.layer3, network.layer4)
+        self.blocks = nn.Sequential(*(block for group in groups for block in group))
+        self.head = nn.Identity()  # the last block gives the 512 features
         self.dropout = nn.Dropout(0.2)
         self.classifier = nn.Linear(512, num_classes)
         self.arch = {"num_classes": num_classes}
@@ -63,65 +65,86 @@ class ResNet18(nn.Module):
         return self.classifier(self.dropout(x.mean(dim=(2, 3))))
 
 
-def learn_letters(model, args, folder):
-    """Train `model` on the glyphs, as train.py does by default, for --letter-epochs."""
-    options = ["--out", str(folder), "--seed", str(args.seed), "--epochs", str(args.letter_epochs)]
-    settings = train.parse_arguments(options)
-    train.train_network(settings, model, data.load_for(settings))
-    model.load_state_dict(read_file(folder / "best.pt")["model"])
-
-
-def transfer(model, preprocessing, args, folder):
-    """Both stages. Returns the accuracy of the best epoch, and the seconds that both took."""
-    options = ["--data", args.data, "--data-dir", str(args.data_dir), "--out", str(folder), "--seed", str(args.seed)]
-    options += ["--head-epochs", str(args.head_epochs), "--epochs", str(args.epochs)]
-    settings = finetune.command_line().parse_args(options)
-    settings.unfreeze = round(settings.unfreeze / 17 * len(model.blocks))  # the same share of either network
-    dataset = data.load_for(settings, preprocessing)
+def transfer(model, preprocessing, args):
+    """Run both stages of finetune.py. Returns the accuracy of the best epoch, and the seconds."""
+    settings = argparse.Namespace(**finetune.DEFAULTS)
+    options = {"data_dir": args.data_dir, "batch_size": settings.batch_size}
+    dataset = data.load_data(args.data, preprocessing, **options)
     replace_classifier(model, len(dataset.classes))
-    run = train.Run(settings, model, dataset)
-    begun = time.perf_counter()
-    finetune.tune(run, model, dataset, settings)
+    begun, accuracies = time.perf_counter(), []
+    share = settings.unfreeze / 17  # the same for both networks
+    front, rest, classifier = finetune.divide(model, round(share * len(model.blocks)))
+    front.requires_grad_(False)
+    loss_function = partial(functional.cross_entropy, label_smoothing=0.1)
+    for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
+        torch.manual_seed(args.seed)
+        if stage == "classifier":
+            network, trained = classifier, ()
+            batches, val_batches = finetune.cache(nn.Sequential(front, rest), dataset)
+        elif finetune.fits_in_cache(front, dataset, settings.views):
+            network, trained = nn.Sequential(rest, classifier), rest
+            batches, val_batches = finetune.cache(front, dataset, settings.views)
+        else:
+            network, trained = nn.Sequential(front, rest, classifier), rest
+            batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
+        optimizer = torch.optim.AdamW(finetune.layer_groups(trained, classifier, settings))
+        scheduler = train.make_scheduler("cosine", optimizer, epochs, len(batches))
+        for epoch in range(epochs):
+            torch.manual_seed(hash((args.seed, len(accuracies), 0)))
+            network.train()
+            finetune.freeze_batch_norm(network)
+            train.train_epoch(network, batches, optimizer, scheduler, loss_function)
+            accuracies.append(train.validate(network, val_batches)["val_top1"])
+            print(f"{stage} {epoch + 1}  validation accuracy {accuracies[-1]:.2%}", flush=True)
+            if accuracies[-1] == max(accuracies):
+                best = copy.deepcopy(model.state_dict())
     seconds = time.perf_counter() - begun
-    model.load_state_dict(read_file(folder / "best.pt")["model"])
-    return score(*predict(model, dataset.test or dataset.val))["top1"], seconds
+    model.load_state_dict(best)
+    return final_accuracy(model, dataset), seconds
 
 
 def networks(args):
-    """Yield each network's name, the network, and the preprocessing that it learned with."""
-    small = args.image_size <= 64
+    """Yield the name of each network, the network, and the preprocessing of its pretraining."""
+    small, source = args.image_size <= 64, data.PHOTOS if args.imagenet else data.SMALL
     stride = 16 if small else 32
+    preprocessing = {key: source[key] for key in ("mean", "std")} | {"image_size": args.image_size}
     torch.manual_seed(args.seed)
     if args.imagenet:
-        preprocessing = {key: data.PREPROCESSING["flowers"][key] for key in ("mean", "std")}
+        ours, _ = load_checkpoint("imagenet", output_stride=stride)
         resnet = ResNet18(1000, small, models.ResNet18_Weights.IMAGENET1K_V1)
-        pairs = ("MobileNetV2", load_pretrained("imagenet", output_stride=stride)), ("ResNet18", resnet)
     else:
-        preprocessing = {key: data.SMALL[key] for key in ("mean", "std")}
         letters = len(data.GLYPH_CLASSES)
-        pairs = ("MobileNetV2", MobileNetV2(letters, output_stride=stride)), ("ResNet18", ResNet18(letters, small))
-    for name, model in pairs:
-        yield name, model.to(memory_format=torch.channels_last), preprocessing | {"image_size": args.image_size}
+        ours, resnet = MobileNetV2(letters, output_stride=stride), ResNet18(letters, small)
+    for name, model in (("MobileNetV2", ours), ("ResNet18", resnet)):
+        yield name, model.to(memory_format=data.MEMORY_FORMAT), preprocessing
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="mnist", help="as finetune.py's")
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where downloads are, or go")
-    parser.add_argument("--imagenet", action="store_true", help="start from torchvision's weights, not from letters")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--letter-epochs", type=int, default=2)
-    parser.add_argument("--head-epochs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=2, help="of stage blocks")
-    parser.add_argument("--seed", type=int, default=0)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--data", default="mnist", help="dataset, or folder of images")
+    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="downloads")
+    text = "start from torchvision's ImageNet weights, not from letters"
+    parser.add_argument("--imagenet", action="store_true", help=text)
+    parser.add_argument("--image-size", type=int, default=32, help="image side (default: 32)")
+    text = "epochs on the letters (default: 2)"
+    parser.add_argument("--letter-epochs", type=int, default=2, help=text)
+    text = "epochs of stage classifier (default: 5)"
+    parser.add_argument("--classifier-epochs", type=int, default=5, help=text)
+    text = "epochs of stage blocks (default: 2)"
+    parser.add_argument("--epochs", type=int, default=2, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
     args = parser.parse_args()
+    if args.letter_epochs < 1 or args.classifier_epochs < 1:
+        parser.error("use --letter-epochs 1 or more, and --classifier-epochs 1 or more")
+
     rows = []
     for name, model, preprocessing in networks(args):
         print(f"\n{name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            if not args.imagenet:
-                learn_letters(model, args, Path(folder, "letters"))
-            accuracy, seconds = transfer(model, preprocessing, args, Path(folder, "transfer"))
+        if not args.imagenet:
+            letters = data.load_data("glyphs", batch_size=64)
+            train_network(model, letters, args.letter_epochs, args.seed)
+        accuracy, seconds = transfer(model, preprocessing, args)
         parameters, macs = count_parameters(model), count_macs(model, args.image_size)
         rows.append((name, f"{accuracy:.2%}", f"{parameters:,}", f"{macs:,}", f"{seconds:.0f} s"))
     line = "{:<12} {:>9} {:>12} {:>14} {:>8}".format

@@ -120,7 +120,7 @@ def call(capsys):
 
 
 # The smallest run that is still a run: digits of 16 pixels, each image once an epoch, and a narrow network.
-data.DIGITS_REPEATS = data.FOLDER_EPOCH = 1
+data.REPEATS["digits"] = data.FOLDER_EPOCH = 1
 SMALL = ("--data", "digits", "--image-size", "16", "--epochs", "2")
 SMALL_NETWORK = ("--width", "0.35", "--output-stride", "32")
 

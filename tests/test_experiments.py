@@ -1,4 +1,4 @@
-"""The experiments end in their tables and pictures, tried on the smallest data that there are."""
+"""The experiments write their tables and pictures; tried on very small data."""
 
 import csv
 import importlib
@@ -12,13 +12,15 @@ from test_data import write_image
 
 import finetune
 import train
-from mobilenetv2 import MobileNetV2
+from mobilenetv2 import MobileNetV2, load_checkpoint
 
 sys.path.insert(0, str(ROOT / "experiments"))
-few_labels, resnet18, ablation = (importlib.import_module(name) for name in ("few_labels", "resnet18", "ablation"))
+few_labels, resnet18, ablation, benchmark = (
+    importlib.import_module(name) for name in ("few_labels", "resnet18", "ablation", "benchmark")
+)
 
 
-def test_few_labels_compares_four_ways_that_the_scripts_accept(trained, tmp_path, call, monkeypatch):
+def test_few_labels_runs_four_ways_with_valid_options(trained, tmp_path, call, monkeypatch):
     scripts, accuracies = [], iter(range(100))
 
     def measure(command, args, budget, seed):
@@ -37,41 +39,54 @@ def test_few_labels_compares_four_ways_that_the_scripts_accept(trained, tmp_path
     assert scripts[:3] == [("train.py", 10, 0), ("train.py", 10, 1), ("train.py", 50, 0)]
     with open(tmp_path / "few_labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["way"] for row in rows[::3]] == ["from scratch", "frozen head", "last blocks", "everything"]
-    assert rows[1] == {
-        "way": "from scratch", "labels a class": "50", "accuracy": "2.50", "deviation": "0.71", "seconds": "1",
-    }  # fmt: skip
+    ways = ["from scratch", "classifier only", "last blocks", "whole network"]
+    assert [row["way"] for row in rows[::3]] == ways
+    numbers = {"labels per class": "50", "accuracy": "2.50", "std": "0.71", "seconds": "1"}
+    assert rows[1] == {"way": "from scratch"} | numbers
     assert (tmp_path / "few_labels.png").exists()
 
 
-def test_few_labels_ends_in_one_line_when_a_run_fails_or_nothing_is_there(trained, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(few_labels.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+def test_few_labels_measures_the_best_epoch_of_a_command(trained, tmp_path):
+    args = SimpleNamespace(data="digits", data_dir=tmp_path, image_size=None)
+    command = ["finetune.py", "--checkpoint", trained / "best.pt", "--epochs", "0"]
+    accuracy, seconds = few_labels.measure(command, args, budget=10, seed=0)
+    assert 0 < accuracy < 1 < seconds
+
+
+def test_few_labels_reports_a_failed_run_in_one_line(trained, tmp_path, call, monkeypatch):
+    failed = SimpleNamespace(returncode=2)
+    monkeypatch.setattr(few_labels.subprocess, "run", lambda *_, **__: failed)
     options = ("--seeds", 2, "--out", tmp_path, "--data", "digits")
     code, _, error = call(few_labels, *options, "--checkpoint", trained / "best.pt")
-    assert code == 2 and error == "few_labels.py: train.py failed, see above\n"  # what that said goes to the terminal
+    assert code == 2 and error == "few_labels.py: train.py failed: see the message above\n"
     code, _, error = call(few_labels, *options, "--checkpoint", tmp_path / "nothing.pt")
-    assert code == 2 and error.startswith("few_labels.py: no checkpoint at")
+    assert code == 2 and error.startswith("few_labels.py: cannot load")
+    code, _, error = call(few_labels, "--seeds", 1)
+    assert code == 2 and error.endswith("use --epochs 1 or more, and --seeds 2 or more\n")
 
 
-def test_resnet18_goes_through_the_same_two_stages(tmp_path, call, monkeypatch):
+def test_resnet18_runs_the_same_two_stages(tmp_path, call, monkeypatch):
     for name in ("cat/1", "cat/2", "cat/3", "dog/1", "dog/2", "dog/3"):
         write_image(tmp_path / f"{name}.png", (0, 0, 0))
-    monkeypatch.setattr(resnet18, "learn_letters", lambda *_: None)  # 20 seconds
-    options = ("--data", tmp_path, "--image-size", 8, "--head-epochs", 1, "--epochs", 1)
+    monkeypatch.setattr(resnet18, "train_network", lambda *_: None)  # 20 seconds
+    options = ("--data", tmp_path, "--image-size", 8, "--classifier-epochs", 1, "--epochs", 1)
     code, out, _ = call(resnet18, *options)
     header, ours, theirs = (line.split() for line in out.splitlines()[-3:])
     assert code == 0 and header == ["network", "accuracy", "parameters", "multiply-adds", "time"]
-    assert (ours[0], ours[2], theirs[0], theirs[2]) == ("MobileNetV2", "2,226,434", "ResNet18", "11,177,538")
+    assert (ours[0], ours[2], theirs[0], theirs[2]) == (
+        "MobileNetV2", "2,226,434", "ResNet18", "11,177,538",
+    )  # fmt: skip
 
 
 def count_shortcuts(model, images):
-    """Additions that run for some images."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+    """Count the additions of a forward pass."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profile, torch.no_grad():
         model(images)
     return sum(event.name == "aten::add" for event in profile.events())
 
 
-def test_ablation_changes_what_it_says():
+def test_ablation_changes_the_blocks_but_no_weights():
     images, blocks = torch.randn(2, 3, 32, 32), {}
     for name, (change, _) in ablation.VARIANTS.items():
         torch.manual_seed(0)
@@ -79,7 +94,8 @@ def test_ablation_changes_what_it_says():
         weights = list(model.state_dict())
         change(model)
         assert list(model.state_dict()) == weights
-        blocks[name] = count_shortcuts(model, images), bool((model.blocks(model.stem(images)) < 0).any())
+        negative = (model.blocks(model.stem(images)) < 0).any().item()
+        blocks[name] = count_shortcuts(model, images), negative
     assert blocks == {
         "the paper's": (10, True),
         "ReLU6 in bottlenecks": (10, False),
@@ -88,8 +104,8 @@ def test_ablation_changes_what_it_says():
     }
 
 
-def test_wide_shortcuts_add_what_the_last_expansion_gave():
-    blocks = MobileNetV2(5, 0.35).eval().blocks[4:6]  # both from 16 channels to 16, at the same size
+def test_wide_shortcuts_add_the_last_expansion():
+    blocks = MobileNetV2(5, 0.35).eval().blocks[4:6]  # both 16 -> 16 channels, same size
     x = torch.randn(1, 16, 8, 8)
     wide = blocks[0].expand(x)
     between = blocks[0].project(blocks[0].depthwise(wide))
@@ -97,13 +113,43 @@ def test_wide_shortcuts_add_what_the_last_expansion_gave():
     assert torch.equal(ablation.WideShortcuts(*blocks)(x), expected)
 
 
-def test_ablation_ends_in_a_table_and_a_picture(tmp_path, call, monkeypatch):
+def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch):
     monkeypatch.setattr(ablation, "VARIANTS", dict(list(ablation.VARIANTS.items())[2:3]))
-    options = ("--data", "digits", "--epochs", 1, "--seeds", 2, "--width", 0.35, "--out", tmp_path)
-    code, out, _ = call(ablation, *options)
+    options = ("--data", "digits", "--epochs", 1, "--seeds", 2, "--width", 0.35)
+    code, out, _ = call(ablation, *options, "--out", tmp_path)
     assert code == 0 and out.endswith(f"wrote ablation.csv and ablation.png to {tmp_path}\n")
     with open(tmp_path / "ablation.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["variant"] == "wide shortcuts" and 0 < float(row["test accuracy"]) <= 100
-    assert f"{row['variant']:22}{row['test accuracy']:>7} ± {row['deviation']}%" in out
+    assert f"{row['variant']:22}{row['test accuracy']:>7} ± {row['std']}%" in out
     assert (tmp_path / "ablation.png").exists()
+
+
+def test_ablation_trains_as_train_py_does(tmp_path, call):
+    options = ("--data", "digits", "--epochs", 2, "--width", 0.35, "--out", tmp_path)
+    assert call(train, *options, "--seed", 1)[0] == 0
+    args = SimpleNamespace(data="digits", data_dir=tmp_path, width=0.35, epochs=2)
+    curve, _ = ablation.measure(ablation.change_nothing, args, seed=1)
+    with open(tmp_path / "log.csv", newline="") as file:
+        assert curve == [float(row["val_top1"]) for row in csv.DictReader(file)]
+
+
+def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkeypatch):
+    options = ("--data", "digits", "--checkpoint", trained / "best.pt", "--out", tmp_path)
+    assert call(finetune, *options, "--classifier-epochs", 1, "--epochs", 1)[0] == 0
+    expected, _ = load_checkpoint(tmp_path / "best.pt")
+    model, checkpoint = load_checkpoint(trained / "best.pt")
+    model.to(memory_format=torch.channels_last)
+    monkeypatch.setattr(resnet18, "replace_classifier", lambda *_: None)  # it knows the digits
+    args = SimpleNamespace(data="digits", data_dir=tmp_path, classifier_epochs=1, epochs=1, seed=0)
+    resnet18.transfer(model, checkpoint["preprocessing"], args)
+    weights = zip(model.state_dict().values(), expected.state_dict().values())
+    assert all(torch.equal(ours, theirs) for ours, theirs in weights)
+
+
+def test_benchmark_fine_tunes_both_ways(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    for name in ("cat/1", "cat/2", "cat/3", "dog/1", "dog/2", "dog/3"):
+        write_image(tmp_path / f"{name}.png", (0, 0, 0))
+    code, out, error = call(benchmark, "finetuning", "--photos", tmp_path)
+    assert (code, error) == (0, "") and out.count("times as fast") == 2

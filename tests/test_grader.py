@@ -24,7 +24,7 @@ POOLING = "return x.mean(dim=(2, 3))"
 FORWARD = "return self.classifier(x)"
 CLASSIFIER = "self.classifier = nn.Linear(head_channels, num_classes)"
 SHORTCUT = "return x + out if self.use_residual else out"
-NORM = "norm=nn.BatchNorm2d(out_channels)"
+NORM = "layers.norm = nn.BatchNorm2d(out_channels)"
 DEPTHWISE = "self.depthwise = convolution(wide, wide, 3, stride, groups=wide)"
 EXPAND = "nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1)"
 PROJECT = "self.project = convolution(wide, out_channels, 1, activation=False)"
@@ -103,12 +103,12 @@ WRONG = {
         ("kernel_size // 2", "kernel_size // 2 * (in_channels > 3)"),
     ),
     "bias left on": ("has a bias, expected bias=False", ("bias=False", "bias=True")),
-    "no BatchNorm": ("row 1 .* nn.BatchNorm2d, .* does not follow at once", (NORM, "norm=nn.Identity()")),
+    "no BatchNorm": ("row 1 .* nn.BatchNorm2d, .* does not follow at once", (NORM, "layers.norm = nn.Identity()")),
     "BatchNorm after the activation": (
         "row 1 .* nn.BatchNorm2d, .* does not follow at once",
-        ("return nn.Sequential(layers)", "return nn.Sequential(*list(layers.values())[::2], *list(layers.values())[1:2])"),
+        ("return layers", "return nn.Sequential(*layers[::2], *layers[1:2])"),
     ),
-    "group normalisation": ("row 1 .* nn.BatchNorm2d, .* does not follow at once", (NORM, "norm=nn.GroupNorm(8, out_channels)")),
+    "group normalisation": ("row 1 .* nn.BatchNorm2d, .* does not follow at once", (NORM, "layers.norm = nn.GroupNorm(8, out_channels)")),
     "ReLU6 after the projection": ("projection: is followed by ReLU6, expected no activation", (", activation=False)", ")")),
     "ReLU for ReLU6": ("is followed by ReLU, expected ReLU6", ("nn.ReLU6(", "nn.ReLU(")),
     "SiLU for ReLU6": (r"is followed by SiLU \(Swish\), expected ReLU6", ("nn.ReLU6(", "nn.SiLU(")),
@@ -140,7 +140,7 @@ WRONG = {
         "share their weights",
         (
             "blocks.append(InvertedResidual(channels, out_channels, stride, expansion))",
-            "blocks.append(blocks[-1] if repeat > 1 else InvertedResidual(channels, out_channels, stride, expansion))",
+            "blocks.append(self.blocks[-1] if repeat > 1 else InvertedResidual(channels, out_channels, stride, expansion))",
         ),
     ),
     "layers in a Python list": (
