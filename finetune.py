@@ -16,10 +16,12 @@ A frozen layer maps an image to the same output in every epoch. So this output i
 cached: features in stage "classifier", feature maps of photos in stage "blocks".
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import data
@@ -90,7 +92,8 @@ def main():
             val_batches = dataset.batches("val")
         # Adam's steps do not depend on the scale of the features: one rate fits any network.
         optimizer = torch.optim.AdamW(layer_groups(trained, classifier, args))  # arXiv:1711.05101
-        scheduler = train.make_scheduler("cosine", optimizer, epochs, len(train_batches))
+        factor = partial(train.cosine, steps=epochs * len(train_batches))
+        scheduler = LambdaLR(optimizer, factor)
         if last and history[-1]["stage"] == stage:
             optimizer.load_state_dict(last["optimizer"])
             scheduler.load_state_dict(last["scheduler"])

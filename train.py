@@ -95,7 +95,10 @@ def main():
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     network = wrap(model, args)
     optimizer = make_optimizer(args, model)
-    scheduler = make_scheduler(args.schedule, optimizer, args.epochs, len(train_batches))
+    factor = partial(cosine, steps=args.epochs * len(train_batches))
+    if args.schedule == "exponential":
+        factor = partial(exponential, steps_per_epoch=len(train_batches))
+    scheduler = LambdaLR(optimizer, factor)  # multiplies the peak learning rate
     loss_function, history = make_loss(args), []
     if last:
         model.load_state_dict(last["model"])
@@ -131,7 +134,7 @@ def make_optimizer(args, model):
         return torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)
     return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
-def cosine(step, steps, epochs=None):
+def cosine(step, steps):
     """Compute the learning-rate factor: linear warm-up to 1, then a cosine down to 0.
 
     During the warm-up (Goyal et al., §2.2) the gradients of a new network change quickly. The
@@ -143,13 +146,9 @@ def cosine(step, steps, epochs=None):
     progress = torch.tensor((step - warmup) / (steps - warmup), dtype=torch.double)
     return 0.5 * (1 + torch.cos(torch.pi * progress).item())
 
-def exponential(step, steps, epochs):
+def exponential(step, steps_per_epoch):
     """Compute the learning-rate factor of the paper: 0.98 per epoch (§6.1)."""
-    return 0.98 ** (step * epochs // steps)
-
-def make_scheduler(schedule, optimizer, epochs, steps_per_epoch):
-    factor = {"cosine": cosine, "exponential": exponential}[schedule]
-    return LambdaLR(optimizer, partial(factor, steps=epochs * steps_per_epoch, epochs=epochs))
+    return 0.98 ** (step // steps_per_epoch)
 
 def focal_loss(logits, labels, gamma=2.0):
     """FL = -(1 - p)^gamma · log p, with the probability p of the true class: (N, C), (N,) -> mean.

@@ -85,7 +85,7 @@ def train_network(model, dataset, epochs, seed):
     groups = train.parameter_groups(model.parameters(), learning_rate=0.1, weight_decay=4e-5)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
-    scheduler = train.make_scheduler("cosine", optimizer, epochs, len(batches))
+    scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(batches)))
     loss_function = partial(functional.cross_entropy, label_smoothing=0.1)
     accuracies = []
     for epoch in range(epochs):

@@ -316,7 +316,7 @@ def usual_stage(network, groups, loaders, epochs):
     parameters get no gradient.
     """
     optimizer, best = torch.optim.AdamW(groups), 0.0
-    scheduler = train.make_scheduler("cosine", optimizer, epochs, len(loaders[0]))
+    scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(loaders[0])))
     network.requires_grad_(False)
     for group in groups:
         for parameter in group["params"]:

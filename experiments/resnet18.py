@@ -88,7 +88,7 @@ def transfer(model, preprocessing, args):
             network, trained = nn.Sequential(front, rest, classifier), rest
             batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
         optimizer = torch.optim.AdamW(finetune.layer_groups(trained, classifier, settings))
-        scheduler = train.make_scheduler("cosine", optimizer, epochs, len(batches))
+        scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(batches)))
         for epoch in range(epochs):
             torch.manual_seed(hash((args.seed, len(accuracies), 0)))
             network.train()

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -59,16 +60,20 @@ def small(few_blocks, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(small, tmp_path_factory):
     """The folder of an export of all formats. One new process verifies all files, to save time."""
-    folder, started = tmp_path_factory.mktemp("export"), []
+    folder, verified = tmp_path_factory.mktemp("export"), []
 
     def start(count, mp_context):
-        started.append(mp_context.get_start_method())
-        return nullcontext(pool)
+        assert mp_context.get_start_method() == "spawn"
+        return nullcontext(SimpleNamespace(submit=submit))
+
+    def submit(function, load, path, *how):
+        verified.append(path.name)
+        return pool.submit(function, load, path, *how)
 
     with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.MonkeyPatch.context() as context:
         context.setattr(export, "ProcessPoolExecutor", start)
         assert call_script(export, "--checkpoint", small, "--out", folder) == 0
-    assert started == ["spawn"] * len(FILES)
+    assert verified == FILES
     return folder
 
 

@@ -60,9 +60,9 @@ def test_cosine_is_a_warm_up_and_half_a_cosine():
 
 
 def test_exponential_falls_once_per_epoch():
-    factors = [train.exponential(step, 20, 4) for step in range(20)]
+    factors = [train.exponential(step, 5) for step in range(20)]
     assert factors == [0.98**epoch for epoch in range(4) for _ in range(5)]
-    assert 0.045 * train.exponential(34, 300, 300) == pytest.approx(0.0226, abs=1e-4)  # half
+    assert 0.045 * train.exponential(34, 1) == pytest.approx(0.0226, abs=1e-4)  # half
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,9 @@ def test_recipes_follow_their_sources_and_options_override_them(
     assert others["weight_decay"] == 0 and others["initial_lr"] == weights["initial_lr"]
     factor = scheduler.lr_lambdas[0]
     assert factor.func is schedule
-    assert factor.keywords == {"steps": epochs * (714 // batch_size), "epochs": epochs}
+    steps = 714 // batch_size  # per epoch
+    cosine = schedule is train.cosine
+    assert factor.keywords == ({"steps": epochs * steps} if cosine else {"steps_per_epoch": steps})
     assert batches.sampler.batch_size == batch_size
     assert isinstance(network, train.MixedPrecision) == ("bfloat16" in arguments)
     assert (loss is train.focal_loss) == ("focal" in arguments)
@@ -196,7 +198,7 @@ def test_every_loss_learns_and_mixed_precision_computes_in_bfloat16(loss, amp):
     before = train.validate(network, batches)
     hook = network.register_forward_hook(lambda layer, inputs, output: types.add(output.dtype))
     optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 1, 0))
-    scheduler, wrapped = train.make_scheduler("cosine", optimizer, 10, 8), train.wrap(network, args)
+    scheduler, wrapped = LambdaLR(optimizer, partial(train.cosine, steps=10 * 8)), train.wrap(network, args)
     for _ in range(10):
         train.train_epoch(wrapped, batches, optimizer, scheduler, train.make_loss(args))
     hook.remove()
@@ -262,7 +264,7 @@ def test_best_is_the_epoch_with_the_highest_accuracy_and_among_equals_the_latest
     args, history, model = SimpleNamespace(out=tmp_path), [], MobileNetV2(2, 0.35)
     dataset = SimpleNamespace(classes=["a", "b"], preprocessing=data.SMALL)
     optimizer = torch.optim.SGD(model.parameters())
-    scheduler = train.make_scheduler("cosine", optimizer, 4, 1)
+    scheduler = LambdaLR(optimizer, partial(train.cosine, steps=4 * 1))
     row = {"stage": "scratch", "train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0}
     for epoch, top1 in enumerate((0.5, 0.7, 0.7, 0.6), start=1):
         nn.init.constant_(model.classifier.bias, epoch)
@@ -489,7 +491,7 @@ def train_linear():
     preprocessing, splits = data.SMALL | {"image_size": 8}, {"train": split}
     dataset = data.Data([], preprocessing, splits, data.resize, repeats=2, batch_size=12)
     optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 0.01, 0))
-    scheduler = train.make_scheduler("cosine", optimizer, 1, 2)
+    scheduler = LambdaLR(optimizer, partial(train.cosine, steps=1 * 2))
     wrapped = train.wrap(network, SimpleNamespace(amp="off"))
     train.train_epoch(
         wrapped, dataset.batches("train", augmented=True), optimizer, scheduler, cross_entropy
