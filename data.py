@@ -9,10 +9,10 @@ normalisation -> float (N, 3, S, S).
     flowers                          3,670 photos of five kinds, likewise
     a folder                         path/<class>/*.jpg, or path/{train,val,test}/<class>/*.jpg
 
-Small images stay in memory, and `ArrayDataset` augments a whole batch at once. Photos stay on disk,
-and `PhotoDataset` decodes them one by one. Terms used here:
+`ArrayDataset` keeps small images in memory and augments a whole batch at once. `PhotoDataset`
+decodes photos one by one. Terms used here:
 
-    split            train, val (validation, for all choices) or test (used once, at the end)
+    split            train, val (validation, for all choices) or test (for final results only)
     preprocessing    image size, crop, channels, and the mean and std that normalise pixels
     augmentation     random changes of training images that keep their class
 
@@ -32,6 +32,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
@@ -75,13 +76,10 @@ class DataError(ValueError):
 
 @dataclass
 class Data:
-    """A dataset. `splits` maps "train", "val" and perhaps "test" to (images, labels (N,)).
-
-    Images are uint8 (N, C, H, W) in memory, or the paths of photos as a numpy array (N,).
-    """
+    """A dataset. Its images are uint8 (N, C, H, W) in memory, or a numpy array of N paths."""
     classes: list  # names, in the order of the labels
     preprocessing: dict
-    splits: dict
+    splits: dict  # "train", "val" and perhaps "test": (images, labels (N,))
     augment: object = None  # function for images in memory; photos have their own
     repeats: int = 1  # passes over the training images per epoch
     batch_size: int = 128  # of all processes together
@@ -95,6 +93,8 @@ class Data:
         indices: use only these images, in this order; None uses all.
         """
         images, labels = self.splits[split]
+        if PROCESSES > 1 and min(len(labels), self.batch_size) < 2 * PROCESSES:
+            raise DataError(f"{PROCESSES} processes: too few images, or raise --batch-size")
         if indices is None:
             # Each process of torchrun has a share. Shares of "train" are equal, so that all take
             # the same number of steps. This drops at most a few images.
@@ -107,17 +107,17 @@ class Data:
             order = RandomSampler(order, num_samples=count)
         batches = BatchSampler(order, batch_size, drop_last=augmented and count >= batch_size)
         if isinstance(images, torch.Tensor):
-            photos = ArrayDataset(*source, self.augment if augmented else resize, self.device)
-            return DataLoader(photos, batch_size=None, sampler=batches)  # an item is a batch
-        photos = PhotoDataset(*source, augmented)
-        return DataLoader(photos, batch_sampler=batches, num_workers=self.workers)
+            dataset = ArrayDataset(*source, self.augment if augmented else resize, self.device)
+            return DataLoader(dataset, batch_size=None, sampler=batches)  # an item is a batch
+        dataset = PhotoDataset(*source, augmented)
+        return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers)
 
 def load_data(name, preprocessing=None, per_class=None, seed=0, data_dir="datasets", **options):
     """Load a dataset by name (a key of PREPROCESSING) or folder. Returns Data.
 
     preprocessing: values that replace the dataset's own, for example a checkpoint's.
-    per_class: training images to keep per class, chosen by `seed`; None keeps all.
-    options: batch_size, workers and device of `Data`. Raises DataError for unusable data.
+    per_class: training images per class, chosen by `seed`. options: fields of `Data`.
+    Raises DataError for unusable data.
     """
     preprocessing = PREPROCESSING.get(name, PHOTOS) | (preprocessing or {})
     size, augment, repeats = preprocessing["image_size"], distort, REPEATS.get(name, 1)
@@ -192,13 +192,13 @@ def crop_and_flip(images, size):
 def distort(images, size):
     """Give each letter or digit a new shape, as if another hand or font had drawn it.
 
-    One sampling grid applies shift, scale, rotation, shear and a smooth warp. Stroke width, blur
-    and noise follow. There is no flip: a mirrored letter is a different letter, or none.
+    A sampling grid applies shift, scale, rotation, shear and a smooth warp; stroke width, blur and
+    noise follow. There is no flip: a mirrored letter is a different letter, or none.
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images, count = images.float() / 255, len(images)
 
-    def uniform(limit, *shape):
+    def uniform(limit, *shape):  # one value per image, from -limit to limit
         return (2 * torch.rand(count, *shape, device=images.device) - 1) * limit
 
     angle, shear = uniform(0.25), uniform(0.35)  # radians; tangent of the slant
@@ -229,7 +229,7 @@ def distort(images, size):
 # The classes of EMNIST "balanced" (Cohen et al., arXiv:1702.05373): no lower-case letter that looks
 # like its capital.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
-# Validation and test letters come from another font family, to measure if unknown fonts are read.
+# Validation and test use held-out fonts, to measure accuracy on unknown fonts.
 SANS = ("", "-Bold", "-Oblique", "-BoldOblique")
 GLYPH_FONTS = {
     "train": [f"DejaVuSans{mono}{style}" for mono in ("", "Mono") for style in SANS]
@@ -255,7 +255,7 @@ def load_glyphs(size):
         images = torch.stack([draw_glyph(glyph, font) for font in fonts for glyph in GLYPH_CLASSES])
         labels = torch.arange(len(GLYPH_CLASSES)).repeat(len(fonts))
         if split != "train":
-            images, labels = images.repeat(32, 1, 1, 1), labels.repeat(32)
+            images, labels = images.repeat(32, 1, 1, 1), labels.repeat(32)  # 32 shapes of each
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # the same images in every run
                 images = distort(images, size).round().byte()
@@ -266,10 +266,9 @@ def load_digits(size):
     """Read 1,797 digits by 13 writers: the test part of UCI's Optical Recognition of Handwritten
     Digits (E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0), as
     scikit-learn distributes it. Each of the 8 × 8 values counts the ink in a 4 × 4 area, 0 to 16.
-
-    The order seems to follow the writers. The second half tests (899), as in scikit-learn's
-    example. In the first, every fifth image of a digit validates (184) and the others train (714).
-    These share writers, so validation accuracy is a little too high.
+    The order seems to follow the writers. The second half is the test split (899), as in
+    scikit-learn's example. In the first half, every fifth image of a digit is for validation (184),
+    the others for training (714). These share writers: validation accuracy is a little too high.
     """
     with numpy.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
@@ -289,13 +288,13 @@ PUBLISHED = {  # torchvision's class, which can download the files, and the augm
 }
 
 def load_published(name, data_dir, size):
-    """Load MNIST, Fashion-MNIST or CIFAR-10. The last tenth of the training images validates."""
+    """Load MNIST, Fashion-MNIST or CIFAR-10; the last tenth of train is the validation split."""
     kind, _ = PUBLISHED[name]
     names = ("train-images?idx3", "train-labels?idx1", "t10k-images?idx3", "t10k-labels?idx1")
-    files = [path for part in names for path in sorted(data_dir.glob(f"{part}-ubyte*"))[:1]]
+    found = [sorted(filter(Path.is_file, data_dir.glob(f"{part}-ubyte*"))) for part in names]
     try:
-        if len(files) == 4 and name != "cifar10":  # in data_dir itself, compressed or not
-            arrays, classes = [read_idx(path) for path in files], kind.classes
+        if all(found) and name != "cifar10":  # in data_dir itself, compressed or not
+            arrays, classes = [read_idx(paths[0]) for paths in found], kind.classes
         else:
             parts = [kind(data_dir, train, download=True) for train in (True, False)]
             arrays = [torch.as_tensor(a) for part in parts for a in (part.data, part.targets)]
@@ -307,6 +306,9 @@ def load_published(name, data_dir, size):
     cut = len(arrays[0]) - max(len(arrays[0]) // 10, 1)
     splits = {"train": [a[:cut] for a in arrays[:2]], "val": [a[cut:] for a in arrays[:2]]}
     for split, (images, labels) in (splits | {"test": arrays[2:]}).items():
+        if images.shape[:1] != labels.shape:
+            problem = f"{len(images)} images and {len(labels)} labels of {split}"
+            raise DataError(f"'{data_dir}' has {problem}: download the files again")
         # (N, H, W), or (N, H, W, 3) in CIFAR-10 -> (N, C, H, W)
         images = images[:, None] if images.dim() == 3 else images.movedim(3, 1)
         if size <= 64:  # resize once, not in every epoch; larger images would fill the memory
@@ -355,7 +357,9 @@ class PhotoDataset(Dataset):
     def __init__(self, paths, labels, preprocessing, augmented):
         self.paths, self.labels, self.preprocessing = paths, labels, preprocessing
         size, mean, std = (preprocessing[key] for key in ("image_size", "mean", "std"))
-        changes = [v2.Resize(round(size / preprocessing["crop"])), v2.CenterCrop(size)]
+        # Crop the centre: `bleed` is the share to cut off at each side.
+        bleed, method = (1 - preprocessing["crop"]) / 2, Image.Resampling.BILINEAR
+        changes = [partial(ImageOps.fit, size=(size, size), method=method, bleed=bleed)]
         if augmented:
             changes = [v2.RandomRotation(10), v2.RandomResizedCrop(size, scale=(0.35, 1))]
             changes += [v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
@@ -392,19 +396,18 @@ def open_image(path, preprocessing):
 
 def is_readable(path):
     """Tell whether a file is an image. Only decoding shows whether a JPEG is complete."""
-    if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-        return False
     try:
         str(path).encode()  # predictions.csv can only hold UTF-8 names
         open_image(path, SMALL)
     except (DataError, UnicodeError) as error:
-        print(f"skipping {ascii(str(error))}", file=sys.stderr)
+        sys.stderr.write(f"skipping {str(path)!a}: {str(error.__cause__ or error)!a}\n")
         return False
     return True
 
 def find_images(folder):
-    """List the readable images below `folder`, sorted."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """List the readable images below `folder`, sorted. Hidden files and folders are left out."""
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return [path for path, ok in zip(files, threads.map(is_readable, files)) if ok]
 
@@ -412,9 +415,12 @@ def list_folder(root):
     """List root/<class>/...: (sorted class names, paths (N,), labels (N,)). Raises DataError."""
     if not root.is_dir():
         raise DataError(f"'{root}': no such dataset or folder; use {', '.join(PREPROCESSING)}")
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] not in "._"]
-    # Systems store é or 한 in different ways. NFC makes a class name the same on all of them.
-    images = {normalize("NFC", path.name): find_images(path) for path in folders}
+    images = {}
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and path.name[0] not in "._":
+            # Systems store é or 한 in different ways. NFC makes a name the same on all of them.
+            name = normalize("NFC", path.name)
+            images[name] = images.get(name, []) + find_images(path)
     if len(images) < 2 or not all(images.values()):
         found = ", ".join(f"{name} ({len(paths)} images)" for name, paths in images.items())
         fix = "at least two class folders with readable images are needed"
@@ -425,7 +431,7 @@ def list_folder(root):
     return classes, paths, torch.tensor(labels)
 
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
-    """Split each class by the hashes of its paths, which stay when the folder moves or grows.
+    """Split each class by hashes of its paths, which stay the same if the folder moves or grows.
 
     Returns one index array per share, and one for the rest, the training images.
     """
@@ -444,14 +450,17 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
 def load_folder(root):
     """List class folders, or train, val and test folders of them. Returns (classes, splits).
 
-    Without a val folder, a fifth of each class of train validates.
+    Without a val folder, a fifth of each class of train becomes the validation split.
     """
-    folders = {"train": root}
-    if (root / "train").is_dir():
-        folders = {SPLITS[path.name]: path for path in root.iterdir() if path.name in SPLITS}
+    there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    folders = {SPLITS[path.name.lower()]: path for path in there if path.name.lower() in SPLITS}
+    if "train" not in folders:
+        if folders and len(folders) == len(there):
+            raise DataError(f"'{root}' has {', '.join(folders)}, but no train: add this folder")
+        folders = {"train": root}
     splits, found = {}, {split: list_folder(folder) for split, folder in folders.items()}
-    for split, (classes, *images) in found.items():
-        splits[split] = images
+    for split, (classes, paths, labels) in found.items():
+        splits[split] = paths, labels
         if classes != found["train"][0]:
             names = ", ".join(sorted(set(classes) ^ set(found["train"][0])))
             raise DataError(f"'{root}': only one of train and {split} has {names}; add the other")
@@ -510,9 +519,9 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "label_smoothing": (float, (0, 1), "share of the target for all classes (cross-entropy only)"),
     "amp": (str, ["off", "bfloat16"], "mixed-precision type for the forward pass"),
     "per_class": (int, (1, 10**6), "training images per class", "all"),
-    "unfreeze": (int, (0, 17), "number of last blocks to train; 17 includes the stem"),
-    "views": (int, (0, 100), "cached passes per photo, one plain, others augmented; 0: no cache"),
-    "train_batch_norm": (bool, None, "update running statistics: for many or unusual images"),
+    "unfreeze": (int, (0, 17), "last blocks to train in stage blocks; 17 includes the stem"),
+    "views": (int, (0, 100), "cached passes over photos, one plain, others augmented; 0: no cache"),
+    "train_batch_norm": (bool, None, "update BatchNorm's statistics: many or unusual images"),
     "resume": (bool, None, "continue the run in --out with its settings"),
     "overwrite": (bool, None, "replace the run in --out"),
     "images": ([Path], None, "images and folders to classify without labels", "none"),
@@ -546,35 +555,33 @@ def parse_arguments(description, defaults):
             parser.error(f"{option}: use a value from {limits[0]} to {limits[1]}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if APPLE else "cpu"
-    else:
-        check_device(args.device)
+    try:
+        torch.ones(1, device=args.device).item()
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {args.device}: not available on this machine; use auto or cpu")
     return args
 
 def load_for(args, preprocessing=None):
-    """Call `load_data` with the options of the command line."""
-    names = ("per_class", "seed", "data_dir", "batch_size", "workers", "device")
-    options = {name: value for name, value in vars(args).items() if name in names}
+    """Call `load_data` with the options of the command line, which override `preprocessing`."""
+    names = {"per_class", "seed", "data_dir", "batch_size", "workers", "device"} & vars(args).keys()
+    options = {name: getattr(args, name) for name in names}
     size = {"image_size": args.image_size} if args.image_size else {}
     return load_data(args.data, (preprocessing or {}) | size, **options)
-
-def check_device(name):
-    """Raise DataError unless this machine has the device."""
-    try:
-        torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        fix = "not available on this machine; use auto or cpu"
-        raise DataError(f"--device {name}: {fix}") from error
 
 def run(main, *errors):
     """Run a script. An error that the user can fix ends in one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
+    if hasattr(sys.stdout, "reconfigure"):  # a console may lack the letters of a class name
+        sys.stdout.reconfigure(errors="replace")
     try:
         return main()
     except KeyboardInterrupt:
         message = "interrupted; its files are complete, and --resume continues a training run"
     except (DataError, *errors) as error:
-        message = str(error).strip().splitlines()[-1]  # workers put their traceback before it
+        message = str(error).rpartition("DataError: ")[2]  # after the traceback of a worker
     except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough
+            os._exit(0)
         message = f"{error}: check permissions and free space, or use another folder"
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -586,19 +593,18 @@ def run(main, *errors):
 # -------------------------------------------------------------------------------------- the script
 def describe(dataset):
     """Format the image counts per class and split, and mean and std of the training pixels."""
-    labels = {split: labels for split, (_, labels) in dataset.splits.items()}
-    counts = [torch.bincount(n, minlength=len(dataset.classes)).tolist() for n in labels.values()]
-    table = [("", *labels), *zip(dataset.classes, *counts), ("total", *map(sum, counts))]
+    labels = [labels for _, labels in dataset.splits.values()]
+    counts = [torch.bincount(n, minlength=len(dataset.classes)).tolist() for n in labels]
+    table = [("", *dataset.splits), *zip(dataset.classes, *counts), ("total", *map(sum, counts))]
     width = max(len(name) for name, *_ in table)
     lines = [f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, *row in table]
-    moments = []  # mean of x and of x² per image: (2, N, 3)
+    moments = []  # mean of x and of x² per image: (N, 6)
     for images, _ in dataset.batches("train"):
         x = to_pixels(images, dataset.preprocessing).double()
-        moments.append(torch.stack([x.mean(dim=(2, 3)), x.square().mean(dim=(2, 3))]))
-    mean, square = torch.cat(moments, dim=1).mean(dim=1)
-    std = (square - mean**2).sqrt()
+        moments.append(torch.cat([x, x.square()], dim=1).mean(dim=(2, 3)))
+    mean, square = torch.cat(moments).mean(dim=0).split(3)
     text = "training pixels: mean {:.4f} {:.4f} {:.4f}, std {:.4f} {:.4f} {:.4f}"
-    return "\n".join([*lines, text.format(*mean, *std)])
+    return "\n".join([*lines, text.format(*mean, *(square - mean**2).sqrt())])
 
 def main():
     defaults = {"data": "glyphs", "out": Path("runs/data"), "batch_size": 256}
@@ -611,11 +617,11 @@ def main():
     images, labels = next(iter(dataset.batches("train", indices=some)))
     images, names = to_pixels(images, dataset.preprocessing), [dataset.classes[n] for n in labels]
     plot_grid(args.out / "samples.png", f"training images of {args.data}", images, names)
-    dataset.batch_size = dataset.repeats = 9
+    dataset.batch_size = dataset.repeats = 9  # one batch: nine augmentations of one image
     augmented, _ = next(iter(dataset.batches("train", augmented=True, indices=some[:1])))
     images = torch.cat([images[:1], to_pixels(augmented, dataset.preprocessing)])
-    names, title = [names[0], *["augmented"] * 9], "one image, nine augmentations"
-    plot_grid(args.out / "augmented.png", title, images, names, columns=5)
+    names = [names[0], *["augmented"] * 9]
+    plot_grid(args.out / "augmented.png", "one image, nine augmentations", images, names, columns=5)
     print(f"wrote samples.png and augmented.png to {args.out}")
     print(f"next: python train.py --data {shlex.quote(args.data)}")
 

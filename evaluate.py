@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint runs/train/best.pt --data glyphs
     python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain   # no labels
 
-Only this script uses the test split; all choices were made on the validation split. Terms:
+Only evaluate.py and export.py use the test split; validation is for all choices. Terms used here:
 
     confusion matrix       counts of images per true class (row) and predicted class (column)
     confidence             probability of the predicted class: softmax of the logits
@@ -41,13 +41,13 @@ def predict(model, batches):
 def score(logits, labels):
     """Return {"loss", "top1", "top5"}: cross-entropy, and shares of correct predictions.
 
-    top5 accepts the five most probable classes; it needs six classes. Shapes (N, C), (N,).
+    top5: the true class is among the five most probable; left out below six classes. (N, C), (N,).
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
     hits = (best == labels[:, None]).double()
-    scores = {"loss": functional.cross_entropy(logits, labels).item()}
-    scores |= {"top1": hits[:, 0].mean().item(), "top5": hits.sum(dim=1).mean().item()}
-    return scores if logits.shape[1] > 5 else {"loss": scores["loss"], "top1": scores["top1"]}
+    loss = functional.cross_entropy(logits, labels).item()
+    scores = {"loss": loss, "top1": hits[:, 0].mean().item()}
+    return scores | ({"top5": hits.sum(dim=1).mean().item()} if logits.shape[1] > 5 else {})
 
 def confusion_matrix(labels, predictions, num_classes):
     """Count pairs of true and predicted class: (N,), (N,) -> (C, C) int64, one row per true class.
@@ -118,8 +118,7 @@ def plot_confusion(confusion, classes, path):
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(classes) <= 50:  # more names and numbers would be too small to read
         style, names = {"fontsize": min(10, 300 / len(classes))}, [name[:16] for name in classes]
-        rotation = 90 if max(map(len, names)) > 2 else 0
-        axes.set_xticks(range(len(classes)), names, rotation=rotation, **style)
+        axes.set_xticks(range(len(classes)), names, rotation=90, **style)
         axes.set_yticks(range(len(classes)), names, **style)
         for row, column in confusion.nonzero().tolist():
             style["color"] = "white" if shares[row, column] > 0.3 else "black"
@@ -175,7 +174,8 @@ def plot_predictions(path, title, dataset, split, logits, indices, explain=None)
         names.append(f"{above}\n{dataset.classes[prediction][:11]} · {confidence:.0%}")
         colours.append(colour)
     if explain is not None:
-        maps = class_activation_map(explain, images, predictions.to(images.device)).cpu()
+        device = next(explain.parameters()).device
+        maps = class_activation_map(explain, images.to(device), predictions.to(device)).cpu()
         heat = overlay(maps, pictures, explain.arch["output_stride"])
         pictures = torch.stack([pictures, heat], dim=1).flatten(0, 1)  # image, heat, image, ...
         names = [text for name in names for text in (name, "")]
@@ -225,14 +225,15 @@ def load_test(args):
     """Load the network of --checkpoint, and the dataset of --data as the network expects it.
 
     Returns (model, checkpoint, dataset, split): "test", or "val" if there is no test split.
-    Raises DataError if network and dataset have different classes.
+    Raises DataError if their classes differ.
     """
     model, checkpoint = load_checkpoint(args.checkpoint)
     dataset = data.load_for(args, checkpoint["preprocessing"])
-    known, found = checkpoint["classes"], dataset.classes
+    known, found = checkpoint["classes"], dataset.classes  # no known names: compare the numbers
     if known != found and (known or len(found) != checkpoint["arch"]["num_classes"]):
         known = class_names(checkpoint)
-        problem = f"'{args.checkpoint}' has the classes {known[:3]}, '{args.data}' has {found[:3]}"
+        problem = f"'{args.checkpoint}' has {len(known)} classes ({known[:3]}...)"
+        problem += f", '{args.data}' {len(found)} ({found[:3]}...)"
         raise data.DataError(f"{problem}: use other --data, or fine-tune the network on these")
     split = "test" if "test" in dataset.splits else "val"
     return model.to(args.device, memory_format=data.MEMORY_FORMAT), checkpoint, dataset, split
@@ -253,8 +254,7 @@ def evaluate(args):
     report = classification_report(confusion)
     text = f"{args.checkpoint} on {len(labels)} images of {args.data} ({split})\n\n"
     text += format_report(report, scores, classes)
-    if split == "val":
-        text += "\nno test split: these images also chose the checkpoint"
+    text += "\nno test split: these images also chose the checkpoint" if split == "val" else ""
     print(text)
     write_file(out / "report.txt", f"{text}\n".encode())
     metrics = {"checkpoint": args.checkpoint, "data": args.data, "split": split} | scores | report
@@ -287,7 +287,8 @@ def classify(args):
     classes, preprocessing = class_names(checkpoint), data.PHOTOS | checkpoint["preprocessing"]
     splits = {"test": (paths, torch.full((len(paths),), UNKNOWN))}
     dataset = data.Data(classes, preprocessing, splits, None, 1, args.batch_size, args.workers)
-    logits, labels = predict(model.to(args.device), dataset.batches("test"))
+    model.to(args.device, memory_format=data.MEMORY_FORMAT)
+    logits, labels = predict(model, dataset.batches("test"))
     rows = write_predictions(args.out / "images.csv", paths, labels, logits, classes)
     for path, _, *best in rows:
         best = [f"{name} {float(p):.1%}" for name, p in zip(best[::2], best[1::2])]

@@ -5,15 +5,11 @@
 
 Stage "classifier" freezes the backbone and trains a new classifier on its features. Stage "blocks"
 also trains the last blocks, with lower learning rates. The first layers stay frozen, because edges
-and strokes look the same in any dataset. Terms used here:
+and strokes look the same in any dataset, and their output can be cached. Terms used here:
 
-    backbone          stem, blocks and head: an image becomes 1280 features
     front             the part of the backbone that stays frozen in stage "blocks"
     feature maps      output of the front (N, C, H, W)
     frozen            without updates; BatchNorm keeps its running statistics
-
-A frozen layer maps an image to the same output in every epoch. So this output is computed once and
-cached: features in stage "classifier", feature maps of photos in stage "blocks".
 """
 
 from functools import partial
@@ -37,9 +33,9 @@ BLOCK_DECAY = 0.9  # learning rate of a block, relative to that of the layer aft
 CACHE_BYTES = 1e9  # size of the largest cache; building it needs twice as much memory
 
 def extract_features(backbone, batches):
-    """Run frozen layers over all images once: batches -> features (N, 1280), labels (N,).
+    """Run frozen layers over all images once: batches -> outputs, labels (N,), on the CPU.
 
-    `batches` yields (images, labels). In eval mode an image has the same features in any batch.
+    The outputs of a backbone are features (N, 1280). Eval mode: they do not depend on the batch.
     """
     backbone.eval()
     device, pairs = next(backbone.parameters()).device, []
@@ -61,49 +57,49 @@ def freeze_batch_norm(module):
 def main():
     args, last = train.parse_arguments("Fine-tune a trained network.", DEFAULTS)
     train.start(args)
-    model, checkpoint = load_checkpoint(args.checkpoint, args.output_stride)
-    # The network expects images as in its pretraining; only the dataset knows if they have colour.
+    source = args.out / "last.pt" if last else args.checkpoint
+    model, checkpoint = load_checkpoint(source, args.output_stride)
+    # Image size, mean and std as in pretraining; crop and channels are the dataset's.
     known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, known)
-    print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {args.checkpoint}")
-    if checkpoint["classes"] != dataset.classes:
+    print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
+    if last:
+        train.check_classes(last, dataset)
+    elif checkpoint["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     front, rest, classifier = divide(model, args.unfreeze)
     front.requires_grad_(False)
-    loss_function, history = train.make_loss(args), []
-    if last:
-        model.load_state_dict(last["model"])
-        history = last["history"]
+    loss_function, history = train.make_loss(args), last["history"] if last else []
 
     for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
         if train.is_finished(history, stage, epochs, args.patience):
             continue
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # a resumed run caches the same images
         if stage == "classifier":
-            network, trained = classifier, ()
+            network, tuned = classifier, ()
             train_batches, val_batches = cache(nn.Sequential(front, rest), dataset)
         elif fits_in_cache(front, dataset, args.views):
-            network, trained = nn.Sequential(rest, classifier), rest
+            network, tuned = nn.Sequential(rest, classifier), rest
             train_batches, val_batches = cache(front, dataset, args.views)
         else:
-            network, trained = nn.Sequential(front, rest, classifier), rest
+            network, tuned = nn.Sequential(front, rest, classifier), rest
             train_batches = dataset.batches("train", augmented=True)
             val_batches = dataset.batches("val")
-        # Adam's steps do not depend on the scale of the features: one rate fits any network.
-        optimizer = torch.optim.AdamW(layer_groups(trained, classifier, args))  # arXiv:1711.05101
+        # The steps of Adam do not depend on the scale of the gradients: one rate fits any network.
+        optimizer = torch.optim.AdamW(layer_groups(tuned, classifier, args))  # arXiv:1711.05101
         factor = partial(train.cosine, steps=epochs * len(train_batches))
         scheduler = LambdaLR(optimizer, factor)
         if last and history[-1]["stage"] == stage:
             optimizer.load_state_dict(last["optimizer"])
             scheduler.load_state_dict(last["scheduler"])
-        parallel = train.wrap(network, args)
+        wrapped = train.wrap(network, args)
 
         while not train.is_finished(history, stage, epochs, args.patience):
             torch.manual_seed(hash((args.seed, len(history), data.RANK)))
             network.train()
             freeze_batch_norm(front if args.train_batch_norm else network)
-            row = train.train_epoch(parallel, train_batches, optimizer, scheduler, loss_function)
+            row = train.train_epoch(wrapped, train_batches, optimizer, scheduler, loss_function)
             row |= train.validate(network, val_batches)
             row |= {"learning_rate": scheduler.get_last_lr()[-1]}
             history.append({"epoch": len(history) + 1, "stage": stage} | row)
@@ -124,7 +120,7 @@ def divide(model, count):
     rest = nn.Sequential(*layers[cut:], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return nn.Sequential(*layers[:cut]), rest, nn.Sequential(model.dropout, model.classifier)
 
-def layer_groups(trained, classifier, args):
+def layer_groups(tuned, classifier, args):
     """Make optimizer groups whose learning rate falls from the classifier towards the input.
 
     The first layers fit all images, the last ones the old classes (Yosinski et al.,
@@ -133,7 +129,7 @@ def layer_groups(trained, classifier, args):
     rate, decay = args.learning_rate, args.weight_decay
     groups = train.parameter_groups(classifier.parameters(), rate, decay)
     rate *= HEAD_RATE
-    for layer in reversed([layer for layer in trained if list(layer.parameters())]):
+    for layer in reversed([layer for layer in tuned if list(layer.parameters())]):  # no pooling
         groups = train.parameter_groups(layer.parameters(), rate, decay) + groups
         rate *= BLOCK_DECAY
     return groups
@@ -141,7 +137,7 @@ def layer_groups(trained, classifier, args):
 def cache(layers, dataset, views=1):
     """Compute the output of frozen layers once. Returns (training batches, validation batches).
 
-    views: passes over the training images, all but the first augmented. An epoch draws from all.
+    views: one plain pass over the training images, and views - 1 augmented epochs to draw from.
     """
     passes = [dataset.batches("train", augmented=view > 0) for view in range(views)]
     outputs, labels = zip(*(extract_features(layers, batches) for batches in passes))

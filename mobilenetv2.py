@@ -19,10 +19,8 @@ imports no other script, so you can copy it into another project. Terms used her
 import argparse
 import copy
 import io
-import os
 import pickle
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -53,10 +51,10 @@ HEAD_CHANNELS = 1280
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output stride -> number of strides replaced by 1
 
 def make_divisible(value, divisor=8):
-    """Round a number of channels to the nearest multiple of `divisor`, but never below 90%.
+    """Round a number of channels to the nearest multiple of `divisor`, never below 90% of `value`.
 
-    Vector units process 8 numbers at a time, so 35 channels would cost as much as 40. The 90% rule
-    helps thin networks: 11.2 becomes 16, not 8. Source: TensorFlow's code (models, slim/nets).
+    Vector units process 8 numbers at a time: 35 channels would cost as much as 40, so 35 becomes
+    32. By the 90% rule, 11.2 becomes 16 and not 8. Source: TensorFlow's code (models, slim/nets).
     """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * value else rounded + divisor
@@ -67,9 +65,9 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     The convolution has no bias, because the normalisation would subtract it again.
     ReLU6(x) = min(max(x, 0), 6). A known range loses little accuracy in 8-bit arithmetic (§4).
     """
-    layers = nn.Sequential()
-    sizes = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
-    layers.conv = nn.Conv2d(*sizes, groups=groups, bias=False)
+    layers, padding = nn.Sequential(), kernel_size // 2
+    sizes = (in_channels, out_channels, kernel_size, stride)
+    layers.conv = nn.Conv2d(*sizes, padding, groups=groups, bias=False)
     layers.norm = nn.BatchNorm2d(out_channels)
     if activation:
         layers.activation = nn.ReLU6(inplace=True)
@@ -83,8 +81,8 @@ class InvertedResidual(nn.Module):
         h × w × tk         3×3 depthwise, stride s, ReLU6    h/s × w/s × tk      .depthwise
         h/s × w/s × tk     1×1 convolution, linear           h/s × w/s × k'      .project
 
-    Depthwise separable (§3.1): a dense 3×3 convolution costs 9 · k · k' multiply-adds per pixel.
-    A depthwise one, followed by a 1×1 convolution, costs k · (9 + k'): 6 to 9 times less here.
+    Depthwise separable (§3.1): a dense 3×3 convolution from k to k' channels costs 9 · k · k' per
+    pixel. A depthwise one and a 1×1 convolution cost k · (9 + k'), 6 to 9 times less in Table 2.
 
     Inverted (§3.3): a ResNet block is narrow inside, and its shortcut connects the wide ends.
     Here the block is wide inside, and the shortcut connects the narrow ends. This saves memory,
@@ -123,7 +121,7 @@ class MobileNetV2(nn.Module):
 
     Args:
         num_classes: number of logits.
-        width_mult: width multiplier (§4), above 0 and at most 4. It scales the channels of every
+        width_mult: width multiplier (§4), from 0.05 to 4. It scales the channels of every
             layer, but below width 1.0 the head keeps 1280 channels, because a thin network still
             has to separate as many classes.
         dropout: probability before the classifier. The paper gives none; torchvision has 0.2.
@@ -138,14 +136,13 @@ class MobileNetV2(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}: use 1 or more")
-        if not 0 < width_mult <= 4:
+        if not 0.05 <= width_mult <= 4:
             raise ValueError(f"width_mult is {width_mult}: use a value from 0.05 to 4")
         if output_stride not in STRIDES_DROPPED:
             raise ValueError(f"output_stride is {output_stride}: use 32, 16 or 8")
         # A checkpoint stores these arguments, so that it can rebuild the network.
         self.arch = {"num_classes": num_classes, "width_mult": width_mult}
         self.arch |= {"dropout": dropout, "output_stride": output_stride}
-
         strides = [2] + [stride for _, _, _, stride in BOTTLENECKS]  # the stem's, then the rows'
         reductions = [index for index, stride in enumerate(strides) if stride == 2]
         for index in reductions[: STRIDES_DROPPED[output_stride]]:
@@ -181,9 +178,9 @@ class MobileNetV2(nn.Module):
 def initialise(module):
     """Set the initial weights of one layer. The paper gives none; these are torchvision's.
 
-    Convolutions: normal with variance 2 / (kernel area · output channels). This is "fan out" of
-    He et al. (arXiv:1502.01852), which keeps gradients of similar size in all layers. A depthwise
-    convolution is counted as a dense one, as in torchvision. Classifier: normal with std 0.01.
+    Convolutions: normal with variance 2 / (kernel area · output channels), the "fan out" of He et
+    al. (arXiv:1502.01852), which keeps gradients of similar size in all layers. A depthwise
+    convolution is counted as a dense one. Classifier: normal with std 0.01.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -223,7 +220,7 @@ def torchvision_names():
 
 def rename(state_dict, names):
     """Rename the layer in each key: 'stem.conv.weight' -> 'features.0.0.weight'."""
-    renamed = OrderedDict()
+    renamed = {}
     for key, tensor in state_dict.items():
         layer, _, kind = key.rpartition(".")
         if layer not in names:
@@ -245,7 +242,7 @@ IMAGENET_URL = "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth"
 # shorter side to 232 pixels, then crop the central 224.
 IMAGENET_PREPROCESSING = {"image_size": 224, "crop": 224 / 232, "channels": 3}
 IMAGENET_PREPROCESSING |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error message is enough
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # the CheckpointError is enough
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message names the problem and the fix."""
@@ -255,7 +252,7 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **training_
 
     classes: names in the order of the logits. history: list of dicts, one per epoch.
     preprocessing: dict with image_size, crop (used share of the shorter side), channels (1 is
-    grayscale), mean and std (of pixels in 0..1). training_state: needed to resume.
+    grayscale), mean and std (of pixels in 0..1). training_state: optimizer and so on, to resume.
     """
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     checkpoint = {"model": weights, "arch": dict(model.arch), "classes": list(classes)}
@@ -266,13 +263,13 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **training_
     write_file(path, buffer.getvalue())
 
 def write_file(path, contents):
-    """Write bytes to a temporary file and rename it: `path` is never half written."""
+    """Write bytes to a temporary file and rename it: never half a file. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(contents)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # adds the file's name
@@ -292,12 +289,14 @@ def load_checkpoint(source, output_stride=None):
     output_stride: None keeps the checkpoint's. The weights fit all three values.
     Raises CheckpointError if the file is missing, damaged, unsafe or from another network.
     """
+    # A pickle can run any code when it is loaded. weights_only=True accepts only data.
+    options = {"map_location": "cpu", "weights_only": True}
     try:
-        if source == "imagenet":  # 13.6 MB, downloaded once
-            checkpoint = torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True)
-        else:
-            # A pickle can run any code when it is loaded. weights_only=True accepts only data.
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        checkpoint = (
+            torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **options)
+            if source == "imagenet"  # 13.6 MB, downloaded once
+            else torch.load(source, **options)
+        )
         if "features.0.0.weight" in checkpoint:
             checkpoint = torchvision_checkpoint(checkpoint)
         arch = dict(checkpoint["arch"])
@@ -313,17 +312,17 @@ def load_checkpoint(source, output_stride=None):
         if len(checkpoint["classes"]) not in (0, arch["num_classes"]):
             raise ValueError(f"{len(checkpoint['classes'])} names, {arch['num_classes']} classes")
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if isinstance(error, pickle.UnpicklingError):  # torch would suggest weights_only=False
             reason = "damaged, or more than tensors and plain values"
         fix = "use a checkpoint of train.py or finetune.py, or torchvision's MobileNetV2 weights"
         if source == "imagenet":
             fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
         raise CheckpointError(f"cannot load '{source}' ({reason}): {fix}") from error
-    return model.eval(), checkpoint
+    return model.float().eval(), checkpoint
 
 def load_pretrained(source, num_classes, output_stride=None):
-    """Load a network as `load_checkpoint` does; a different `num_classes` gets a new classifier."""
+    """Load a network as `load_checkpoint` does; another `num_classes` gets a new classifier."""
     model, _ = load_checkpoint(source, output_stride)
     if num_classes != model.arch["num_classes"]:
         replace_classifier(model, num_classes)
@@ -331,7 +330,7 @@ def load_pretrained(source, num_classes, output_stride=None):
 
 # ------------------------------------------------------------------------------------------- costs
 def count_parameters(model, batch_norm=True):
-    """Count trainable parameters; batch_norm=False leaves out BatchNorm's, as TensorFlow does.
+    """Count the parameters; batch_norm=False leaves out BatchNorm's, as TensorFlow does.
 
     At width 1.0 that is 3,504,872 or 3,470,760. Table 4 of the paper has 3.4M, the latter cut off.
     """
@@ -369,7 +368,6 @@ def table2(model, image_size):
         rows.append(("bottleneck", expansion, repeats, model.blocks[first : first + repeats]))
         first += repeats
     rows += [("conv2d 1×1", "-", 1, model.head), ("avgpool, linear", "-", 1, model.classifier)]
-
     line = "{:<15} {:>12} {:>12} {:>3} {:>5} {:>2} {:>2} {:>10} {:>13}".format
     text = [line("operator", "input", "output", "t", "c", "n", "s", "parameters", "multiply-adds")]
     shape = (3, image_size, image_size)
@@ -388,14 +386,15 @@ def table2(model, image_size):
 def main():
     parser = argparse.ArgumentParser(description="Print Table 2 with measured shapes and costs.")
     parser.add_argument("--width", type=float, default=1.0, help="width multiplier (default: 1.0)")
-    parser.add_argument("--image-size", type=int, default=224, help="image side (default: 224)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: 224)")
     parser.add_argument("--output-stride", type=int, default=32, help="32 (default), 16 or 8")
+    parser.error = lambda message: parser.exit(2, f"mobilenetv2.py: {message}\n")  # one line
     args = parser.parse_args()
     try:
         model = MobileNetV2(width_mult=args.width, output_stride=args.output_stride)
         print(table2(model, args.image_size))
     except (ValueError, RuntimeError) as error:
-        parser.exit(2, f"mobilenetv2.py: {error}\n")
+        parser.error(str(error))
 
 if __name__ == "__main__":
     main()

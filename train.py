@@ -5,7 +5,7 @@
     python train.py --resume                       # continue an interrupted run
     torchrun --nproc-per-node 8 train.py ...       # on 8 GPUs, or in 8 processes on CPUs
 
-`main` is the whole story: each epoch trains, validates and saves. Terms used here:
+`main` shows the whole training: each epoch trains, validates and saves. Terms used here:
 
     epoch       one pass over the training images (several passes for small datasets)
     warm-up     the first steps, in which the learning rate rises to its peak
@@ -31,14 +31,16 @@ import data
 from evaluate import plot_history, predict, score, write_table
 from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint
 
+DEFAULTS = {"data": "glyphs", "out": Path("runs/train"), "recipe": "small", "width": 0.5}
+DEFAULTS |= {"output_stride": 16, "weight_decay": 4e-5}
 RECIPE_OPTIONS = ("optimizer", "schedule", "learning_rate", "batch_size", "epochs")
 RECIPES = {
     # For small images and few epochs; chosen on the validation letters.
     "small": ("sgd", "cosine", 0.1, 64, 5),
-    # The paper, §6.1, with a batch of 96 on each of 16 GPUs. It does not give the epochs.
+    # The paper, §6.1: 16 GPUs, each with updates of its own from batches of 96; no epochs given.
     "paper": ("rmsprop", "exponential", 0.045, 96, 300),
-    # https://github.com/d-li14/mobilenetv2.pytorch reports 72% on ImageNet with these values. The
-    # warm-up, Nesterov momentum and no weight decay for BatchNorm are additions.
+    # https://github.com/d-li14/mobilenetv2.pytorch: 72% on ImageNet, without warm-up and Nesterov
+    # momentum, and with weight decay for BatchNorm.
     "cosine": ("sgd", "cosine", 0.05, 256, 150),
 }
 
@@ -49,10 +51,10 @@ def train_epoch(model, batches, optimizer, scheduler, loss_function):
         batches: iterable of (inputs, labels (N,)), for example a DataLoader.
         scheduler: from torch.optim.lr_scheduler; it steps after every batch.
         loss_function: (logits (N, C), labels (N,)) -> scalar.
-    Returns {"train_loss", "train_top1"}, means over the images.
+    Returns {"train_loss", "train_top1"}, means over the images (of this process).
     """
     device = next(model.parameters()).device
-    loss_sum, correct, images = torch.zeros((), device=device), 0, 0
+    loss_sum, correct, count = torch.zeros((), device=device), 0, 0
     for inputs, labels in batches:
         inputs, labels = inputs.to(device), labels.to(device)
         logits = model(inputs)
@@ -64,55 +66,58 @@ def train_epoch(model, batches, optimizer, scheduler, loss_function):
         # Keep the sums on the device: `.item()` in every step would make a GPU wait.
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
-        images += len(labels)
-    return {"train_loss": loss_sum.item() / images, "train_top1": correct.item() / images}
+        count += len(labels)
+    return {"train_loss": loss_sum.item() / count, "train_top1": correct.item() / count}
 
 def validate(model, batches):
     """Return {"val_loss", "val_top1"}: cross-entropy, and share of correct predictions."""
-    if data.PROCESSES > 1:  # rank 0's running statistics are the saved ones
-        for buffer in model.buffers():
-            distributed.broadcast(buffer, 0)
+    for buffer in model.buffers() if data.PROCESSES > 1 else ():
+        distributed.broadcast(buffer, 0)  # rank 0's running statistics are the saved ones
     logits, labels = predict(model, batches)
     scores = score(logits, labels)
     sums = torch.tensor([scores["loss"], scores["top1"], 1.0], dtype=torch.double) * len(labels)
     if data.PROCESSES > 1:  # each process has validated its share
         distributed.all_reduce(sums)
-    loss, correct, images = sums.tolist()
-    return {"val_loss": loss / images, "val_top1": correct / images}
+    loss, correct, count = sums.tolist()
+    return {"val_loss": loss / count, "val_top1": correct / count}
 
 def main():
-    defaults = {"data": "glyphs", "out": Path("runs/train"), "recipe": "small", "width": 0.5}
-    defaults |= {"output_stride": 16, "weight_decay": 4e-5}
-    args, last = parse_arguments("Train MobileNetV2 from scratch.", defaults)
-    recipe = dict(zip(RECIPE_OPTIONS, RECIPES[args.recipe]))
-    vars(args).update({key: recipe[key] for key in recipe if getattr(args, key, None) is None})
+    args, last = parse_arguments("Train MobileNetV2 from scratch.", DEFAULTS)
+    for name, value in zip(RECIPE_OPTIONS, RECIPES[args.recipe]):
+        if getattr(args, name, None) is None:  # not set on the command line
+            setattr(args, name, value)
+    if args.epochs < 1:
+        raise data.DataError(f"--epochs {args.epochs}: use at least 1")
     start(args)
     dataset = data.load_for(args)
     train_batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}")
-
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
-    network = wrap(model, args)
-    optimizer = make_optimizer(args, model)
+    wrapped = wrap(model, args)
+    groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    if args.optimizer == "rmsprop":  # decay and momentum: §6.1; eps: TensorFlow's models/slim
+        optimizer = torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)
     factor = partial(cosine, steps=args.epochs * len(train_batches))
     if args.schedule == "exponential":
         factor = partial(exponential, steps_per_epoch=len(train_batches))
     scheduler = LambdaLR(optimizer, factor)  # multiplies the peak learning rate
     loss_function, history = make_loss(args), []
     if last:
+        check_classes(last, dataset)
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
         history = last["history"]
 
     while not is_finished(history, "scratch", args.epochs, args.patience):
-        # Seed order, augmentation and dropout: a resumed run repeats the epoch exactly.
+        # One seed for order, augmentation and dropout: a resumed run repeats the epoch exactly.
         torch.manual_seed(hash((args.seed, len(history), data.RANK)))
         model.train()
-        row = train_epoch(network, train_batches, optimizer, scheduler, loss_function)
+        row = train_epoch(wrapped, train_batches, optimizer, scheduler, loss_function)
         row |= validate(model, val_batches)
-        row |= {"learning_rate": scheduler.get_last_lr()[-1]}
+        row |= {"learning_rate": scheduler.get_last_lr()[-1]}  # at the end of the epoch
         history.append({"epoch": len(history) + 1, "stage": "scratch"} | row)
         save_epoch(args, model, dataset, history, optimizer, scheduler)
     finish(args, history)
@@ -127,12 +132,6 @@ def parameter_groups(parameters, learning_rate, weight_decay):
     for parameter in parameters:
         groups[0 if parameter.dim() > 1 else 1]["params"].append(parameter)
     return [group | {"lr": learning_rate} for group in groups if group["params"]]
-
-def make_optimizer(args, model):
-    groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
-    if args.optimizer == "rmsprop":  # decay and momentum: §6.1; eps: TensorFlow's models/slim
-        return torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 def cosine(step, steps):
     """Compute the learning-rate factor: linear warm-up to 1, then a cosine down to 0.
@@ -172,7 +171,7 @@ def dice_loss(logits, labels):
 
 def make_loss(args):
     # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that logits need
-    # not grow without limit (Szegedy et al., arXiv:1512.00567, §7). The softmax is inside.
+    # not grow without limit (Szegedy et al., arXiv:1512.00567, §7). It includes the softmax.
     cross_entropy = partial(functional.cross_entropy, label_smoothing=args.label_smoothing)
     return {"cross-entropy": cross_entropy, "focal": focal_loss, "dice": dice_loss}[args.loss]
 
@@ -226,25 +225,26 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
         if row["val_top1"] == max(row["val_top1"] for row in history):
             save_checkpoint(args.out / "best.pt", *about)
         # last.pt is written last: if the process ends before, --resume repeats the epoch.
-        machine = ("out", "data_dir", "device", "workers", "resume", "overwrite")
+        free = ("out", "data_dir", "device", "workers", "resume", "overwrite")  # may differ
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        state["settings"] = {key: value for key, value in vars(args).items() if key not in machine}
+        state["settings"] = {key: value for key, value in vars(args).items() if key not in free}
         save_checkpoint(args.out / "last.pt", *about, epoch=len(history), **state)
+
+def check_classes(last, dataset):
+    if last["classes"] != dataset.classes:
+        raise data.DataError("--resume: the classes of the data have changed; use --overwrite")
 
 def finish(args, history):
     """Draw the curves, and print the files and the next command."""
     if data.RANK == 0:
         plot_history(history, args.out / "curves.png")
-    print(f"best validation accuracy {max(row['val_top1'] for row in history):.2%}")
+    print(f"highest validation top1 {max(row['val_top1'] for row in history):.2%}")
     print(f"wrote best.pt, last.pt, log.csv and curves.png to {args.out}")
     best, name = shlex.quote(str(args.out / "best.pt")), shlex.quote(args.data)
     print(f"next: python evaluate.py --checkpoint {best} --data {name}")
 
 def parse_arguments(description, defaults):
-    """Parse the options that train.py and finetune.py share, and those in `defaults`.
-
-    Returns (args, checkpoint of the run to resume, or None). A resumed run keeps its settings.
-    """
+    """Parse the options. Returns (args, last.pt to resume or None). A run keeps its settings."""
     shared = {"epochs": None, "batch_size": None, "learning_rate": None, "patience": 0}
     shared |= { "loss": "cross-entropy", "label_smoothing": 0.1, "amp": "off"}
     shared |= {"per_class": None, "resume": False, "overwrite": False}
@@ -252,9 +252,10 @@ def parse_arguments(description, defaults):
     path = args.out / "last.pt"
     if args.resume:
         _, last = load_checkpoint(path)
-        if "settings" not in last:
-            raise data.DataError(f"'{path}': not the last.pt of a run; use --overwrite")
-        vars(args).update(last["settings"])
+        settings = last.get("settings", {})
+        if not settings or ("recipe" in settings) != ("recipe" in args):
+            raise data.DataError(f"'{path}' is not the last.pt of such a run: use --overwrite")
+        vars(args).update(settings)
         return args, last
     if path.exists() and not args.overwrite:
         fix = "use --resume, --overwrite or another --out"

@@ -135,8 +135,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=2, help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
     args = parser.parse_args()
-    if args.letter_epochs < 1 or args.classifier_epochs < 1:
-        parser.error("use --letter-epochs 1 or more, and --classifier-epochs 1 or more")
+    if min(args.letter_epochs, args.classifier_epochs, args.epochs) < 1:
+        parser.error("use 1 or more epochs in each stage")
 
     rows = []
     for name, model, preprocessing in networks(args):

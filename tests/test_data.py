@@ -380,7 +380,7 @@ def test_unreadable_images_are_skipped_with_a_line_each(tmp_path, suffix, capsys
         assert sum(len(labels) for _, labels in dataset.batches(split)) == count
     error = capsys.readouterr().err
     assert error.count("skipping ") == error.count("\n") == 3
-    assert all(f"{number}{suffix}': cannot read this image" in error for number in range(3))
+    assert all(f"{number}{suffix}': " in error for number in range(3))
     for path in (tmp_path / "a").iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"a \(0 images\)"):
@@ -488,14 +488,15 @@ def test_every_orientation_of_a_camera_becomes_upright(tmp_path):
     assert image.size == (16, 32) and open_image(tmp_path / "photo.jpg", 16).size == (32, 16)
 
 
-def test_a_name_that_is_not_utf8_is_skipped(folder, capsys):
+def test_unusual_names_are_skipped_with_a_line_each(folder, capsys):
     try:
         (folder / "red" / "0.jpg").rename(folder / "red" / os.fsdecode(b"\xff.jpg"))
+        (folder / "red" / "1\n.jpg").write_bytes(b"")
     except (OSError, UnicodeError):
         pytest.skip("this file system refuses such names")
     assert sum(sizes(load_data(folder)).values()) == 19
     error = capsys.readouterr().err
-    assert error.startswith("skipping ") and error.count("\n") == 1
+    assert error.count("skipping ") == error.count("\n") == 2
 
 
 def test_sixteen_bits_and_transparency(tmp_path):

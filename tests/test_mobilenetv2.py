@@ -853,7 +853,7 @@ def test_failed_write_keeps_the_old_checkpoint(checkpoint, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mobilenetv2.os, "replace", full_disk)
+    monkeypatch.setattr(mobilenetv2.Path, "replace", full_disk)
     with pytest.raises(OSError, match="No space left on device: .*model.pt"):
         save_checkpoint(checkpoint, MobileNetV2(num_classes=2), ["a", "b"], PREPROCESSING)
     assert checkpoint.read_bytes() == before
@@ -902,7 +902,7 @@ def test_pickle_that_would_run_code_is_refused(write, tmp_path, capsys):
         (lambda c: c["model"].update({"stem.conv.weight": 3}), '"stem.conv.weight", expected torch.Tensor'),
         (lambda c: c["arch"].update(width_mult=1.0), "size mismatch for stem.conv.weight"),
         (lambda c: c["arch"].update(num_classes=10**12), "size mismatch"),  # not: not enough memory
-        (lambda c: c["arch"].update(width_mult="many"), "'<' not supported"),
+        (lambda c: c["arch"].update(width_mult="many"), "'<=' not supported"),
         (lambda c: c["arch"].update(hidden=1), "unexpected keyword argument 'hidden'"),
         (lambda c: c.pop("model"), "'model'"),
         (lambda c: c.pop("arch"), "'arch'"),
@@ -991,7 +991,7 @@ def test_imagenet_weights_are_downloaded_once(imagenet, tmp_path):
 
 def test_imagenet_weights_with_a_wrong_hash_are_deleted(imagenet, tmp_path):
     imagenet.write_bytes(imagenet.read_bytes() + b"!")
-    with pytest.raises(CheckpointError, match=r"cannot load 'imagenet' \(invalid hash"):
+    with pytest.raises(CheckpointError, match=r"cannot load 'imagenet' \(RuntimeError: invalid hash"):
         load_pretrained("imagenet", num_classes=6)
     assert not list((tmp_path / "home" / "hub" / "checkpoints").iterdir())
 
