@@ -953,3 +953,78 @@ def test_60000_images_take_less_than_400_megabytes(tmp_path):
     command = [sys.executable, "-c", MEASURE, tmp_path]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert float(output) < 400
+
+
+# ------------------------------------------------------------------------- unusual folders and files
+
+
+def test_a_failed_download_names_the_problem_in_one_line(tmp_path, call):
+    code, _, error = call(data, "--data", "mnist", "--data-dir", tmp_path)
+    assert code == 2 and error.count("\n") == 1
+    assert error.startswith("data.py: --data mnist: no files, and no download (")
+
+
+def test_two_spellings_of_one_class_name_are_one_class(folder):
+    for name in ("caf\u00e9", "cafe\u0301"):
+        for number in range(2):
+            write_image(folder / name / f"{number}.png", 0, mode="L")
+    dataset = load_data(folder)
+    assert dataset.classes == ["caf\u00e9", "red", "鬱金香"] and sum(sizes(dataset).values()) == 24
+
+
+def test_hidden_folders_are_skipped(folder):
+    write_image(folder / "red" / ".thumbnails" / "1.png", 0, mode="L")
+    assert sum(sizes(load_data(folder)).values()) == 20
+
+
+def test_a_skipped_file_without_a_utf8_name_is_named(folder, capsys):
+    (folder / "red" / "0.jpg").rename(folder / "red" / os.fsdecode(b"\xff.jpg"))
+    load_data(folder)
+    assert "red/" in capsys.readouterr().err
+
+
+def test_folders_beside_idx_files_are_ignored(tmp_path, idx_files):
+    for name, contents in idx_files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(contents)
+        (tmp_path / name.replace("-idx", ".idx")).write_bytes(contents)
+    assert sizes(load_data("mnist", data_dir=tmp_path)) == {"train": 90, "val": 10, "test": 20}
+
+
+def test_images_and_labels_that_do_not_match_are_refused(tmp_path, idx_files):
+    write_all(tmp_path, idx_files)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_files["t10k-labels-idx1-ubyte"])
+    with pytest.raises(DataError, match="images and .* labels of .* download the files again"):
+        load_data("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("splits", (("val", "test"), ("Train", "VALID")))
+def test_split_folders_may_have_capitals_but_need_train(tmp_path, splits):
+    for split in splits:
+        for name in ("a", "b"):
+            for number in range(3):
+                write_image(tmp_path / split / name / f"{number}.png", (number, 0, 0))
+    if "Train" in splits:
+        assert sizes(load_data(tmp_path)) == {"train": 6, "val": 6}
+    else:
+        with pytest.raises(DataError, match="but no train"):
+            load_data(tmp_path)
+
+
+def test_a_narrow_image_takes_little_memory(monkeypatch):
+    pixels, resize = [], Image.Image.resize
+
+    def measure(self, size, *arguments, **options):
+        pixels.append(size[0] * size[1])
+        return resize(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", measure)
+    transform(Image.new("RGB", (1, 2000)), 32)
+    assert max(pixels) < 10_000
+
+
+def test_a_console_without_chinese_letters_does_not_stop_the_script(folder, tmp_path):
+    command = [sys.executable, "data.py", "--data", folder, "--out", tmp_path / "out"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr.splitlines()[-1]

@@ -1001,3 +1001,20 @@ def test_error_without_a_network_names_address_and_folder(tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match=r"download https://.*/mobilenet_v2-7ebf99e0.pth into '(.*)'$") as caught:
         load_pretrained("imagenet", num_classes=6)
     assert f"'{tmp_path}/hub/checkpoints'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_imagenet_weights_in_the_cache_cannot_run_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / mobilenetv2.IMAGENET_URL.rpartition("/")[2]
+    path.parent.mkdir()
+    path.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(CheckpointError, match="cannot load 'imagenet'"):
+        load_checkpoint("imagenet")
+    assert "must never" not in capsys.readouterr().out
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    weights = torchvision.models.mobilenet_v2(num_classes=2, width_mult=0.35).state_dict()
+    half = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
+    torch.save(half, tmp_path / "half.pth")
+    assert load_checkpoint(tmp_path / "half.pth")[0](torch.randn(1, 3, 32, 32)).dtype == torch.float32

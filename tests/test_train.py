@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
+import finetune
 import train
 from mobilenetv2 import MobileNetV2, load_checkpoint
 
@@ -537,3 +538,19 @@ def test_two_processes_train_one_network(tmp_path):
     scores = train.validate(model, dataset.batches("val"))  # every image counts once
     row = checkpoint["history"][-1]
     assert scores == {name: pytest.approx(row[name], rel=1e-5) for name in scores}
+
+
+def test_resume_refuses_runs_of_another_script_and_changed_classes(trained, tmp_path, call):
+    shutil.copytree(trained, tmp_path / "run")
+    code, _, error = call(finetune, "--resume", "--out", tmp_path / "run")
+    assert code == 2 and "is not the last.pt of such a run" in error
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last["classes"] = last["classes"][::-1]
+    torch.save(last, tmp_path / "run" / "last.pt")
+    code, _, error = call(train, "--resume", "--out", tmp_path / "run")
+    assert code == 2 and "the classes of the data have changed" in error and error.count("\n") == 1
+
+
+def test_a_run_of_no_epochs_is_refused(tmp_path, call):
+    code, _, error = call(train, "--data", "digits", "--epochs", 0, "--out", tmp_path)
+    assert (code, error) == (2, "train.py: --epochs 0: use at least 1\n")
