@@ -448,10 +448,7 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
     return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]
 
 def load_folder(root):
-    """List class folders, or train, val and test folders of them. Returns (classes, splits).
-
-    Without a val folder, a fifth of each class of train becomes the validation split.
-    """
+    """List class folders, or train, val and test; no val: it gets a fifth of each class."""
     there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     folders = {SPLITS[path.name.lower()]: path for path in there if path.name.lower() in SPLITS}
     if "train" not in folders:

@@ -1,7 +1,6 @@
 """Evaluate a checkpoint: metrics written by hand, a report, and pictures.
 
     python evaluate.py                                      # runs/finetune/best.pt on the digits
-    python evaluate.py --checkpoint runs/train/best.pt --data glyphs
     python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain   # no labels
 
 Only evaluate.py and export.py use the test split; validation is for all choices. Terms used here:

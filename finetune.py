@@ -71,30 +71,31 @@ def main():
     front, rest, classifier = divide(model, args.unfreeze)
     front.requires_grad_(False)
     loss_function, history = train.make_loss(args), last["history"] if last else []
-
+    plain = None  # outputs of the front for the plain images of train and val
     for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
         if train.is_finished(history, stage, epochs, args.patience):
             continue
-        torch.manual_seed(args.seed)  # a resumed run caches the same images
+        if fits_in_cache(front, dataset, args.views):
+            plain = plain or plain_outputs(front, dataset)
+        torch.manual_seed(args.seed)  # a resumed run caches the same augmented images
         if stage == "classifier":
             network, tuned = classifier, ()
-            train_batches, val_batches = cache(nn.Sequential(front, rest), dataset)
-        elif fits_in_cache(front, dataset, args.views):
+            features = plain_outputs(rest if plain else nn.Sequential(front, rest), dataset, plain)
+            train_batches, val_batches = cache(None, dataset, 1, features)
+        elif plain:
             network, tuned = nn.Sequential(rest, classifier), rest
-            train_batches, val_batches = cache(front, dataset, args.views)
+            train_batches, val_batches = cache(front, dataset, args.views, plain)
         else:
             network, tuned = nn.Sequential(front, rest, classifier), rest
             train_batches = dataset.batches("train", augmented=True)
             val_batches = dataset.batches("val")
         # The steps of Adam do not depend on the scale of the gradients: one rate fits any network.
         optimizer = torch.optim.AdamW(layer_groups(tuned, classifier, args))  # arXiv:1711.05101
-        factor = partial(train.cosine, steps=epochs * len(train_batches))
-        scheduler = LambdaLR(optimizer, factor)
+        scheduler = LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(train_batches)))
         if last and history[-1]["stage"] == stage:
             optimizer.load_state_dict(last["optimizer"])
             scheduler.load_state_dict(last["scheduler"])
         wrapped = train.wrap(network, args)
-
         while not train.is_finished(history, stage, epochs, args.patience):
             torch.manual_seed(hash((args.seed, len(history), data.RANK)))
             network.train()
@@ -134,26 +135,29 @@ def layer_groups(tuned, classifier, args):
         rate *= BLOCK_DECAY
     return groups
 
-def cache(layers, dataset, views=1):
-    """Compute the output of frozen layers once. Returns (training batches, validation batches).
+def plain_outputs(layers, dataset, inputs=None):
+    """Run frozen layers over the plain train and val images, or over earlier outputs (`inputs`)."""
+    batches = [dataset.batches(split) for split in ("train", "val")]
+    if inputs:
+        batches = [zip(maps.split(64), labels.split(64)) for maps, labels in inputs]
+    return [extract_features(layers, some) for some in batches]
 
-    views: one plain pass over the training images, and views - 1 augmented epochs to draw from.
+def cache(layers, dataset, views, plain):
+    """Cache outputs of frozen layers. Returns (training batches, validation batches).
+
+    plain: their `plain_outputs`. views - 1 augmented epochs are added; an epoch draws from all.
     """
-    passes = [dataset.batches("train", augmented=view > 0) for view in range(views)]
-    outputs, labels = zip(*(extract_features(layers, batches) for batches in passes))
+    passes = [dataset.batches("train", augmented=True) for _ in range(views - 1)]
+    outputs, labels = zip(plain[0], *(extract_features(layers, batches) for batches in passes))
     cached = TensorDataset(torch.cat(outputs), torch.cat(labels))
-    cached_val = TensorDataset(*extract_features(layers, dataset.batches("val")))
     size = dataset.batch_size // data.PROCESSES
     steps = len(dataset.batches("train", augmented=True))
     order = BatchSampler(RandomSampler(cached, num_samples=steps * size), size, drop_last=True)
-    # batch_size=None: the sampler yields whole batches of indices.
-    return DataLoader(cached, batch_size=None, sampler=order), DataLoader(cached_val, size)
+    train_batches = DataLoader(cached, batch_size=None, sampler=order)  # `order` yields batches
+    return train_batches, DataLoader(TensorDataset(*plain[1]), size)
 
 def fits_in_cache(front, dataset, views):
-    """Tell whether to cache feature maps: only those of photos, and at most CACHE_BYTES.
-
-    Images in memory are augmented quickly, and new augmentations in each epoch are worth more.
-    """
+    """Tell whether to cache maps: only of photos, as images in memory are augmented quickly."""
     images, size = dataset.splits["train"][0], dataset.preprocessing["image_size"]
     if isinstance(images, torch.Tensor) or len(front) == 0:
         return False

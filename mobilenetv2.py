@@ -147,7 +147,6 @@ class MobileNetV2(nn.Module):
         reductions = [index for index, stride in enumerate(strides) if stride == 2]
         for index in reductions[: STRIDES_DROPPED[output_stride]]:
             strides[index] = 1  # differs from Table 2: less shrinking
-
         channels = make_divisible(STEM_CHANNELS * width_mult)
         self.stem = convolution(3, channels, 3, strides[0])
         self.blocks = nn.Sequential()

@@ -110,7 +110,6 @@ def main():
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
         history = last["history"]
-
     while not is_finished(history, "scratch", args.epochs, args.patience):
         # One seed for order, augmentation and dropout: a resumed run repeats the epoch exactly.
         torch.manual_seed(hash((args.seed, len(history), data.RANK)))

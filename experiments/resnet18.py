@@ -80,10 +80,12 @@ def transfer(model, preprocessing, args):
         torch.manual_seed(args.seed)
         if stage == "classifier":
             network, trained = classifier, ()
-            batches, val_batches = finetune.cache(nn.Sequential(front, rest), dataset)
+            features = finetune.plain_outputs(nn.Sequential(front, rest), dataset)
+            batches, val_batches = finetune.cache(None, dataset, 1, features)
         elif finetune.fits_in_cache(front, dataset, settings.views):
             network, trained = nn.Sequential(rest, classifier), rest
-            batches, val_batches = finetune.cache(front, dataset, settings.views)
+            maps = finetune.plain_outputs(front, dataset)
+            batches, val_batches = finetune.cache(front, dataset, settings.views, maps)
         else:
             network, trained = nn.Sequential(front, rest, classifier), rest
             batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")

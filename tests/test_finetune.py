@@ -168,13 +168,15 @@ def test_the_cache_has_the_outputs_of_the_frozen_layers():
     model = MobileNetV2(10, 0.35, output_stride=16)
     nn.init.normal_(model.stem.norm.running_mean)  # the outputs in training mode differ
     layers = Counted(model.stem)
+    plain = finetune.plain_outputs(layers, dataset)
     torch.manual_seed(1)
-    train_batches, val_batches = finetune.cache(layers, dataset, views=3)
+    train_batches, val_batches = finetune.cache(layers, dataset, 3, plain)
     assert layers.images == 30 + 2 * 48 + 184  # 3 · 16 of 2 · 30 augmented images per view
     layers.eval()
+    pairs = list(dataset.batches("train"))
     torch.manual_seed(1)
-    passes = [dataset.batches("train", augmented=view > 0) for view in range(3)]
-    pairs = [pair for batches in passes for pair in batches]
+    for _ in range(2):
+        pairs += dataset.batches("train", augmented=True)
     maps, labels = train_batches.dataset.tensors
     with torch.no_grad():
         assert torch.equal(maps, torch.cat([layers(images) for images, _ in pairs]))
@@ -228,13 +230,13 @@ def test_stage_blocks_caches_photos_unless_views_is_0(
     start, photos, tmp_path, call, monkeypatch, untrained
 ):
     views, cache = [], finetune.cache
-    monkeypatch.setattr(finetune, "cache", lambda *args: views.append(args[2:]) or cache(*args))
+    monkeypatch.setattr(finetune, "cache", lambda *args: views.append(args[2]) or cache(*args))
     command = ("--image-size", 16, "--epochs", 1, "--classifier-epochs", 1, "--checkpoint", start)
     for options, expected in (
-        (("--data", photos), [(), (4,)]),  # (): the features
-        (("--data", photos, "--views", 2), [(), (2,)]),
-        (("--data", photos, "--views", 0), [()]),
-        (("--data", "digits", "--per-class", 4), [()]),
+        (("--data", photos), [1, 4]),  # 1: the features
+        (("--data", photos, "--views", 2), [1, 2]),
+        (("--data", photos, "--views", 0), [1]),
+        (("--data", "digits", "--per-class", 4), [1]),
     ):
         views.clear()
         assert call(finetune, *command, *options, "--overwrite", "--out", tmp_path / "run")[0] == 0
