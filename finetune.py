@@ -68,7 +68,7 @@ def main():
     elif checkpoint["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
-    front, rest, classifier = divide(model, args.unfreeze)
+    front, _, classifier = parts = divide(model, args.unfreeze)
     front.requires_grad_(False)
     loss_function, history = train.make_loss(args), last["history"] if last else []
     plain = None  # outputs of the front for the plain images of train and val
@@ -78,17 +78,8 @@ def main():
         if fits_in_cache(front, dataset, args.views):
             plain = plain or plain_outputs(front, dataset)
         torch.manual_seed(args.seed)  # a resumed run caches the same augmented images
-        if stage == "classifier":
-            network, tuned = classifier, ()
-            features = plain_outputs(rest if plain else nn.Sequential(front, rest), dataset, plain)
-            train_batches, val_batches = cache(None, dataset, 1, features)
-        elif plain:
-            network, tuned = nn.Sequential(rest, classifier), rest
-            train_batches, val_batches = cache(front, dataset, args.views, plain)
-        else:
-            network, tuned = nn.Sequential(front, rest, classifier), rest
-            train_batches = dataset.batches("train", augmented=True)
-            val_batches = dataset.batches("val")
+        prepared = prepare_stage(stage, parts, dataset, args.views, plain)
+        network, tuned, train_batches, val_batches = prepared
         # The steps of Adam do not depend on the scale of the gradients: one rate fits any network.
         optimizer = torch.optim.AdamW(layer_groups(tuned, classifier, args))  # arXiv:1711.05101
         scheduler = LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(train_batches)))
@@ -134,6 +125,17 @@ def layer_groups(tuned, classifier, args):
         groups = train.parameter_groups(layer.parameters(), rate, decay) + groups
         rate *= BLOCK_DECAY
     return groups
+
+def prepare_stage(stage, parts, dataset, views, plain):
+    """Return (network, trained layers before the classifier, training and validation batches)."""
+    front, rest, classifier = parts
+    if stage == "classifier":
+        features = plain_outputs(rest if plain else nn.Sequential(front, rest), dataset, plain)
+        return classifier, (), *cache(None, dataset, 1, features)
+    if plain:
+        return nn.Sequential(rest, classifier), rest, *cache(front, dataset, views, plain)
+    batches = dataset.batches("train", augmented=True), dataset.batches("val")
+    return nn.Sequential(front, rest, classifier), rest, *batches
 
 def plain_outputs(layers, dataset, inputs=None):
     """Run frozen layers over the plain train and val images, or over earlier outputs (`inputs`)."""

@@ -291,11 +291,11 @@ def load_checkpoint(source, output_stride=None):
     # A pickle can run any code when it is loaded. weights_only=True accepts only data.
     options = {"map_location": "cpu", "weights_only": True}
     try:
-        checkpoint = (
-            torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **options)
-            if source == "imagenet"  # 13.6 MB, downloaded once
-            else torch.load(source, **options)
-        )
+        if source == "imagenet":  # 13.6 MB, downloaded once
+            fetch = torch.hub.load_state_dict_from_url
+            checkpoint = fetch(IMAGENET_URL, check_hash=True, **options)
+        else:
+            checkpoint = torch.load(source, **options)
         if "features.0.0.weight" in checkpoint:
             checkpoint = torchvision_checkpoint(checkpoint)
         arch = dict(checkpoint["arch"])

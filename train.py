@@ -245,7 +245,7 @@ def finish(args, history):
 def parse_arguments(description, defaults):
     """Parse the options. Returns (args, last.pt to resume or None). A run keeps its settings."""
     shared = {"epochs": None, "batch_size": None, "learning_rate": None, "patience": 0}
-    shared |= { "loss": "cross-entropy", "label_smoothing": 0.1, "amp": "off"}
+    shared |= {"loss": "cross-entropy", "label_smoothing": 0.1, "amp": "off"}
     shared |= {"per_class": None, "resume": False, "overwrite": False}
     args = data.parse_arguments(description, shared | defaults)
     path = args.out / "last.pt"

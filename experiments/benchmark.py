@@ -153,9 +153,7 @@ def make_photos(folder, count, size):
 def usual_images(folder, dataset, split, augmented):
     """Return torchvision's ImageFolder with the transforms and the files of a split of ours."""
     ours = data.PhotoDataset(*dataset.splits[split], dataset.preprocessing, augmented)
-    mean, std = (dataset.preprocessing[key] for key in ("mean", "std"))
-    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    usual = datasets.ImageFolder(Path(folder), transform=v2.Compose([ours.transform, normalise]))
+    usual = datasets.ImageFolder(Path(folder), transform=ours.transform)
     chosen = {str(path) for path in ours.paths}
     kept = [index for index, (path, _) in enumerate(usual.samples) if path in chosen]
     return Subset(usual, kept)

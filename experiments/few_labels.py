@@ -24,12 +24,13 @@ import time
 from pathlib import Path
 
 import torch
+from ablation import final_accuracy
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
-from evaluate import predict, score, write_table  # noqa: E402
+from evaluate import write_table  # noqa: E402
 from mobilenetv2 import CheckpointError, load_checkpoint  # noqa: E402
 
 COLOURS = {"from scratch": "#8c959f", "classifier only": "#bf8700"}
@@ -63,8 +64,7 @@ def measure(command, args, budget, seed):
         seconds = time.perf_counter() - begun
         model, checkpoint = load_checkpoint(Path(folder, "best.pt"))
     dataset = data.load_data(args.data, checkpoint["preprocessing"], data_dir=args.data_dir)
-    split = "test" if "test" in dataset.splits else "val"
-    return score(*predict(model, dataset.batches(split)))["top1"], seconds
+    return final_accuracy(model, dataset), seconds
 
 
 def plot(results, budgets, args):

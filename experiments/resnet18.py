@@ -73,23 +73,16 @@ def transfer(model, preprocessing, args):
     replace_classifier(model, len(dataset.classes))
     begun, accuracies = time.perf_counter(), []
     share = settings.unfreeze / 17  # the same for both networks
-    front, rest, classifier = finetune.divide(model, round(share * len(model.blocks)))
+    front, _, classifier = parts = finetune.divide(model, round(share * len(model.blocks)))
     front.requires_grad_(False)
+    cached = finetune.fits_in_cache(front, dataset, settings.views)
+    plain = finetune.plain_outputs(front, dataset) if cached else None
     loss_function = partial(functional.cross_entropy, label_smoothing=0.1)
     for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
         torch.manual_seed(args.seed)
-        if stage == "classifier":
-            network, trained = classifier, ()
-            features = finetune.plain_outputs(nn.Sequential(front, rest), dataset)
-            batches, val_batches = finetune.cache(None, dataset, 1, features)
-        elif finetune.fits_in_cache(front, dataset, settings.views):
-            network, trained = nn.Sequential(rest, classifier), rest
-            maps = finetune.plain_outputs(front, dataset)
-            batches, val_batches = finetune.cache(front, dataset, settings.views, maps)
-        else:
-            network, trained = nn.Sequential(front, rest, classifier), rest
-            batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
-        optimizer = torch.optim.AdamW(finetune.layer_groups(trained, classifier, settings))
+        prepared = finetune.prepare_stage(stage, parts, dataset, settings.views, plain)
+        network, tuned, batches, val_batches = prepared
+        optimizer = torch.optim.AdamW(finetune.layer_groups(tuned, classifier, settings))
         scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(batches)))
         for epoch in range(epochs):
             torch.manual_seed(hash((args.seed, len(accuracies), 0)))
