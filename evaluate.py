@@ -13,7 +13,6 @@ Only evaluate.py and export.py use the test split; validation is for all choices
 import csv
 import io
 import json
-import shlex
 import unicodedata
 from pathlib import Path
 
@@ -305,8 +304,7 @@ def main():
     (classify if args.images else evaluate)(args)
     print(f"\nwrote the results to {args.out}")
     if not args.images:
-        checkpoint, name = shlex.quote(args.checkpoint), shlex.quote(args.data)
-        print(f"next: python export.py --checkpoint {checkpoint} --data {name}")
+        print(f'next: python export.py --checkpoint "{args.checkpoint}" --data "{args.data}"')
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

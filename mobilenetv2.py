@@ -12,8 +12,7 @@ imports no other script, so you can copy it into another project. Terms used her
     classifier   the linear layer that turns features into logits
     checkpoint   a file with the weights and everything needed to use them
 
-    python mobilenetv2.py                    # print Table 2 with measured shapes and costs
-    python mobilenetv2.py --width 0.5 --image-size 32 --output-stride 8
+    python mobilenetv2.py --width 0.5      # print Table 2 with measured shapes and costs
 """
 
 import argparse
@@ -314,7 +313,7 @@ def load_checkpoint(source, output_stride=None):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if isinstance(error, pickle.UnpicklingError):  # torch would suggest weights_only=False
             reason = "damaged, or more than tensors and plain values"
-        fix = "use a checkpoint of train.py or finetune.py, or torchvision's MobileNetV2 weights"
+        fix = "make a checkpoint with train.py or finetune.py, or use imagenet"
         if source == "imagenet":
             fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
         raise CheckpointError(f"cannot load '{source}' ({reason}): {fix}") from error

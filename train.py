@@ -16,7 +16,6 @@
 
 import math
 import os
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -239,8 +238,7 @@ def finish(args, history):
         plot_history(history, args.out / "curves.png")
     print(f"highest validation top1 {max(row['val_top1'] for row in history):.2%}")
     print(f"wrote best.pt, last.pt, log.csv and curves.png to {args.out}")
-    best, name = shlex.quote(str(args.out / "best.pt")), shlex.quote(args.data)
-    print(f"next: python evaluate.py --checkpoint {best} --data {name}")
+    print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
 
 def parse_arguments(description, defaults):
     """Parse the options. Returns (args, last.pt to resume or None). A run keeps its settings."""
@@ -249,6 +247,8 @@ def parse_arguments(description, defaults):
     shared |= {"per_class": None, "resume": False, "overwrite": False}
     args = data.parse_arguments(description, shared | defaults)
     path = args.out / "last.pt"
+    if args.resume and not path.exists():
+        raise data.DataError(f"--resume: no '{path}'; start the run without --resume")
     if args.resume:
         _, last = load_checkpoint(path)
         settings = last.get("settings", {})

@@ -866,7 +866,7 @@ def assert_refused(path, reason=None):
         load_checkpoint(path)
     message = str(caught.value)
     assert message.startswith(f"cannot load '{path}' (") and "\n" not in message
-    assert message.endswith("): use a checkpoint of train.py or finetune.py, or torchvision's MobileNetV2 weights")
+    assert message.endswith("): make a checkpoint with train.py or finetune.py, or use imagenet")
 
 
 def test_missing_checkpoint_is_named(tmp_path):

@@ -288,7 +288,7 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     assert (code, err, len(lines)) == (0, "", 6) and lines[0] == "digits: 10 classes, on cpu"
     assert all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[4]
     best = tmp_path / "best.pt"
-    assert lines[5] == f"next: python evaluate.py --checkpoint {best} --data digits"
+    assert lines[5] == f'next: python evaluate.py --checkpoint "{best}" --data "digits"'
 
 
 # ----------------------------------------------------------------------------- interrupt and resume
@@ -386,7 +386,7 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, 
     command = (*SMALL, *SMALL_NETWORK, "--out")
     for arguments, message in (
         ((folder,), "contains a run; use --resume, --overwrite or another --out"),
-        ((tmp_path / "none", "--resume"), "cannot load"),
+        ((tmp_path / "none", "--resume"), "start the run without --resume"),
         ((other, "--resume"), "is not the last.pt of such a run"),
     ):
         code, _, err = call(train, *command, *arguments)
