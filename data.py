@@ -414,7 +414,7 @@ def find_images(folder):
 def list_folder(root):
     """List root/<class>/...: (sorted class names, paths (N,), labels (N,)). Raises DataError."""
     if not root.is_dir():
-        raise DataError(f"'{root}': no such dataset or folder; use {', '.join(PREPROCESSING)}")
+        raise DataError(f"'{root}': no such folder or dataset ({', '.join(PREPROCESSING)})")
     images = {}
     for path in sorted(root.iterdir()):
         if path.is_dir() and path.name[0] not in "._":
@@ -519,7 +519,7 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "unfreeze": (int, (0, 17), "last blocks to train in stage blocks; 17 includes the stem"),
     "views": (int, (0, 100), "cached passes over photos, one plain, others augmented; 0: no cache"),
     "train_batch_norm": (bool, None, "update BatchNorm's statistics: many or unusual images"),
-    "resume": (bool, None, "continue the run in --out with its settings"),
+    "resume": (bool, None, "continue the run in --out with its settings, or start it"),
     "overwrite": (bool, None, "replace the run in --out"),
     "images": ([Path], None, "images and folders to classify without labels", "none"),
     "explain": (bool, None, "draw where the network sees the predicted class"),
@@ -570,13 +570,13 @@ def run(main, *errors):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
     with suppress(AttributeError, TypeError):  # a notebook's output, a system without glibc
         sys.stdout.reconfigure(errors="replace")  # a console may lack the letters of a class name
-        # Reuse freed memory, where glibc would return it to the system: photos take a third less.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        # glibc would return the memory of each feature map to the system, and request it again.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no separate memory for large tensors
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
     try:
         return main()
     except KeyboardInterrupt:
-        message = "interrupted; --resume continues a training run after its last complete epoch"
+        message = "interrupted; training continues after its last complete epoch with --resume"
     except (DataError, *errors) as error:
         message = str(error).rpartition("DataError: ")[2]  # after the traceback of a worker
     except OSError as error:
@@ -623,7 +623,6 @@ def main():
     names = [names[0], *["augmented"] * 9]
     plot_grid(args.out / "augmented.png", "one image, nine augmentations", images, names, columns=5)
     print(f"wrote samples.png and augmented.png to {args.out}")
-    print(f'next: python train.py --data "{args.data}"')
 
 if __name__ == "__main__":
     run(main)

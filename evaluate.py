@@ -271,9 +271,8 @@ def evaluate(args):
     source, title = (dataset, split, logits), "green: correct · red: true class → predicted class"
     plot_predictions(out / "samples.png", title, *source, some.sort().values)
     plot_predictions(out / "mistakes.png", "most confident mistakes", *source, mistakes[:32])
-    if args.explain:
-        chosen = torch.cat([mistakes[:8], some[correct[some]][:8]])
-        plot_predictions(out / "explanation.png", EXPLANATION, *source, chosen, model)
+    chosen = torch.cat([mistakes[:8], some[correct[some]][:8]]) if args.explain else ()
+    plot_predictions(out / "explanation.png", EXPLANATION, *source, chosen, model)
 
 def classify(args):
     """Predict the classes of --images, which have no labels."""
@@ -288,14 +287,14 @@ def classify(args):
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     logits, labels = predict(model, dataset.batches("test"))
     rows = write_predictions(args.out / "images.csv", paths, labels, logits, classes)
+    print(f"{args.checkpoint}: {len(classes)} classes ({', '.join(classes[:5])}, ...)")
     for path, _, *best in rows:
         best = [f"{name} {float(p):.1%}" for name, p in zip(best[::2], best[1::2])]
         print(f"{path}: {', '.join(best)}")
     source, first = (dataset, "test", logits), torch.arange(len(paths))[:32]
     plot_predictions(args.out / "images.png", "predicted class · confidence", *source, first)
-    if args.explain:
-        path = args.out / "images-explanation.png"
-        plot_predictions(path, EXPLANATION, *source, first[:16], model)
+    path, first = args.out / "images-explanation.png", first[:16] if args.explain else ()
+    plot_predictions(path, EXPLANATION, *source, first, model)
 
 def main():
     defaults = {"data": "digits", "out": Path("runs/evaluate"), "batch_size": 256}

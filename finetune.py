@@ -71,16 +71,16 @@ def main():
     front, _, classifier = parts = divide(model, args.unfreeze)
     front.requires_grad_(False)
     loss_function, history = train.make_loss(args), last["history"] if last else []
-    plain = None  # outputs of the front for the plain images of train and val
+    plain_maps = None  # the front's feature maps of the plain images (no augmentation), if cached
     for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
         if train.is_finished(history, stage, epochs, args.patience):
             continue
         if fits_in_cache(front, dataset, args.views):
-            plain = plain or plain_outputs(front, dataset)
+            plain_maps = plain_maps or plain_outputs(front, dataset)
         torch.manual_seed(args.seed)  # a resumed run caches the same augmented images
-        prepared = prepare_stage(stage, parts, dataset, args.views, plain)
+        prepared = prepare_stage(stage, parts, dataset, args.views, plain_maps)
         network, tuned, train_batches, val_batches = prepared
-        # The steps of Adam do not depend on the scale of the gradients: one rate fits any network.
+        # Adam scales its steps to the gradients, so that one learning rate fits many networks.
         optimizer = torch.optim.AdamW(layer_groups(tuned, classifier, args))  # arXiv:1711.05101
         scheduler = LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(train_batches)))
         if last and history[-1]["stage"] == stage:
@@ -126,14 +126,15 @@ def layer_groups(tuned, classifier, args):
         rate *= BLOCK_DECAY
     return groups
 
-def prepare_stage(stage, parts, dataset, views, plain):
+def prepare_stage(stage, parts, dataset, views, plain_maps):
     """Return (network, trained layers before the classifier, training and validation batches)."""
     front, rest, classifier = parts
     if stage == "classifier":
-        features = plain_outputs(rest if plain else nn.Sequential(front, rest), dataset, plain)
+        backbone = rest if plain_maps else nn.Sequential(front, rest)
+        features = plain_outputs(backbone, dataset, plain_maps)
         return classifier, (), *cache(None, dataset, 1, features)
-    if plain:
-        return nn.Sequential(rest, classifier), rest, *cache(front, dataset, views, plain)
+    if plain_maps:
+        return nn.Sequential(rest, classifier), rest, *cache(front, dataset, views, plain_maps)
     batches = dataset.batches("train", augmented=True), dataset.batches("val")
     return nn.Sequential(front, rest, classifier), rest, *batches
 

@@ -46,7 +46,6 @@ HEAD_CHANNELS = 1280
 
 # Table 2 halves the image five times: 224 / 32 = 7. An image of 32 pixels would shrink to a single
 # one. Output stride 16 or 8 therefore replaces the first one or two strides of 2 by 1.
-# (§6.3 removes the last strides instead, because segmentation needs large feature maps.)
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output stride -> number of strides replaced by 1
 
 def make_divisible(value, divisor=8):
@@ -310,13 +309,14 @@ def load_checkpoint(source, output_stride=None):
         if len(checkpoint["classes"]) not in (0, arch["num_classes"]):
             raise ValueError(f"{len(checkpoint['classes'])} names, {arch['num_classes']} classes")
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         if isinstance(error, pickle.UnpicklingError):  # torch would suggest weights_only=False
             reason = "damaged, or more than tensors and plain values"
         fix = "make a checkpoint with train.py or finetune.py, or use imagenet"
         if source == "imagenet":
             fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
-        raise CheckpointError(f"cannot load '{source}' ({reason}): {fix}") from error
+        message = f"cannot load '{source}' ({reason[:300]}): {fix}"
+        raise CheckpointError(" ".join(message.split())) from error
     return model.float().eval(), checkpoint
 
 def load_pretrained(source, num_classes, output_stride=None):

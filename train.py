@@ -70,11 +70,12 @@ def train_epoch(model, batches, optimizer, scheduler, loss_function):
 
 def validate(model, batches):
     """Return {"val_loss", "val_top1"}: cross-entropy, and share of correct predictions."""
-    for buffer in model.buffers() if data.PROCESSES > 1 else ():
-        distributed.broadcast(buffer, 0)  # rank 0's running statistics are the saved ones
+    if data.PROCESSES > 1:
+        for buffer in model.buffers():  # rank 0's running statistics are the saved ones
+            distributed.broadcast(buffer, 0)
     logits, labels = predict(model, batches)
     scores = score(logits, labels)
-    sums = torch.tensor([scores["loss"], scores["top1"], 1.0], dtype=torch.double) * len(labels)
+    sums = len(labels) * torch.tensor([scores["loss"], scores["top1"], 1], dtype=torch.double)
     if data.PROCESSES > 1:  # each process has validated its share
         distributed.all_reduce(sums)
     loss, correct, count = sums.tolist()
@@ -90,17 +91,18 @@ def main():
     start(args)
     dataset = data.load_for(args)
     train_batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
-    print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}")
-    model = MobileNetV2(len(dataset.classes), args.width, output_stride=args.output_stride)
+    steps, classes = len(train_batches), len(dataset.classes)
+    print(f"{args.data}: {classes} classes, {args.epochs} × {steps} steps, on {args.device}")
+    model = MobileNetV2(classes, args.width, output_stride=args.output_stride)
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     wrapped = wrap(model, args)
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     if args.optimizer == "rmsprop":  # decay and momentum: §6.1; eps: TensorFlow's models/slim
         optimizer = torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)
-    factor = partial(cosine, steps=args.epochs * len(train_batches))
+    factor = partial(cosine, steps=args.epochs * steps)
     if args.schedule == "exponential":
-        factor = partial(exponential, steps_per_epoch=len(train_batches))
+        factor = partial(exponential, steps_per_epoch=steps)
     scheduler = LambdaLR(optimizer, factor)  # multiplies the peak learning rate
     loss_function, history = make_loss(args), []
     if last:
@@ -110,7 +112,7 @@ def main():
         scheduler.load_state_dict(last["scheduler"])
         history = last["history"]
     while not is_finished(history, "scratch", args.epochs, args.patience):
-        # One seed for order, augmentation and dropout: a resumed run repeats the epoch exactly.
+        # Seeds order, augmentation and dropout. Hashes of integers are the same in every process.
         torch.manual_seed(hash((args.seed, len(history), data.RANK)))
         model.train()
         row = train_epoch(wrapped, train_batches, optimizer, scheduler, loss_function)
@@ -122,7 +124,7 @@ def main():
 
 # ------------------------------------------------------------------- optimizer, schedule and loss
 def parameter_groups(parameters, learning_rate, weight_decay):
-    """Make two optimizer groups: weight decay for convolutions and linear layers, none else.
+    """Make two optimizer groups: weight decay only for convolutions and linear layers.
 
     Biases, and BatchNorm's scale and shift, do not overfit (Goyal et al., arXiv:1706.02677, §5.1).
     """
@@ -247,14 +249,13 @@ def parse_arguments(description, defaults):
     shared |= {"per_class": None, "resume": False, "overwrite": False}
     args = data.parse_arguments(description, shared | defaults)
     path = args.out / "last.pt"
-    if args.resume and not path.exists():
-        raise data.DataError(f"--resume: no '{path}'; start the run without --resume")
-    if args.resume:
+    if args.resume and path.exists():
         _, last = load_checkpoint(path)
         settings = last.get("settings", {})
         if not settings or ("recipe" in settings) != ("recipe" in args):
             raise data.DataError(f"'{path}' is not the last.pt of such a run: use --overwrite")
         vars(args).update(settings)
+        print(f"{path}: continues after epoch {last['epoch']}, with the settings of this run")
         return args, last
     if path.exists() and not args.overwrite:
         fix = "use --resume, --overwrite or another --out"

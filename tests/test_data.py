@@ -339,7 +339,7 @@ def test_photo_epochs_depend_on_the_global_seed(folder, workers):
 
 def test_an_unknown_name_ends_in_one_line(call):
     code, _, error = call(data, "--data", "letters")
-    expected = f"'letters': no such dataset or folder; use {', '.join(data.PREPROCESSING)}"
+    expected = f"'letters': no such folder or dataset ({', '.join(data.PREPROCESSING)})"
     assert code == 2 and error == f"data.py: {expected}\n"
 
 
@@ -868,7 +868,7 @@ def test_split_photos_refuses_to_harm_folders(folder, tmp_path, call, monkeypatc
         ((folder, folder), "use a new folder"),
         ((folder, out, "--val", 0.9), "--val"),
         ((tmp_path / "few", out), "too few to split"),
-        ((tmp_path / "nowhere", out), "no such dataset or folder"),
+        ((tmp_path / "nowhere", out), "no such folder or dataset"),
     ):
         code, _, error = call(split_photos, *arguments)
         assert code == 2 and reason in error and error.count("\n") == 1

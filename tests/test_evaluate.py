@@ -334,12 +334,13 @@ def test_images_without_labels_are_classified_and_explained(trained, photos, tmp
     code, out, err = call(evaluate, *options, photos, photos / "light" / "3.png", "--explain")
     assert code == 0 and err.startswith("skipping ") and "damaged.jpg" in err and len(err.splitlines()) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"images.csv", "images.png", "images-explanation.png"}
+    assert out.startswith(f"{trained / 'best.pt'}: 10 classes (0, 1, ")
     rows = read_csv(tmp_path / "out" / "images.csv")
     paths = [*sorted(photos.rglob("*.png")), photos / "light" / "3.png"]
     assert [row["image"] for row in rows] == list(map(str, paths)) and {row["true"] for row in rows} == {""}
     model, checkpoint = load_checkpoint(trained / "best.pt")
     best = predict_files(model, checkpoint["preprocessing"], paths).softmax(dim=1).topk(3, dim=1)
-    for row, line, guesses, confidences in zip(rows, out.splitlines(), best.indices, best.values, strict=False):
+    for row, line, guesses, confidences in zip(rows, out.splitlines()[1:], best.indices, best.values, strict=False):
         assert [row["predicted"], row["second"], row["third"]] == [str(guess.item()) for guess in guesses]
         assert float(row["confidence_2"]) == pytest.approx(confidences[1].item(), abs=1e-5)
         assert line.startswith(f"{row['image']}: {row['predicted']} {float(row['confidence']):.1%}, ")

@@ -162,7 +162,7 @@ def test_python_lines_of_the_readme_agree_with_the_network(exported, small, tmp_
     program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL).group(1)
     assert len(program.strip().splitlines()) <= 12 and "data" not in re.findall(r"import (\w+)", program)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "export").symlink_to(exported)
+    (tmp_path / "runs" / "photos-export").symlink_to(exported)
     monkeypatch.chdir(tmp_path)
     model, checkpoint = load_checkpoint(small)
     images = data.load_data("digits", checkpoint["preprocessing"]).splits["test"][0]

@@ -396,7 +396,7 @@ def make_bad(kind, tmp_path, start):
         bad.write_bytes(pickle.dumps(Hostile(), protocol=2))
         return ("--checkpoint", bad), f"{damaged}damaged, or more than tensors"
     if kind == "missing folder":
-        return ("--checkpoint", start, "--data", tmp_path / "none"), "no such dataset or folder"
+        return ("--checkpoint", start, "--data", tmp_path / "none"), "no such folder or dataset"
     if kind == "empty folder":
         return ("--checkpoint", start, "--data", folder), "found no folder; at least two class"
     if kind == "no image":

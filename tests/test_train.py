@@ -285,7 +285,7 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     for name in ("best.pt", "last.pt", "log.csv"):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
     lines = out.splitlines()
-    assert (code, err, len(lines)) == (0, "", 6) and lines[0] == "digits: 10 classes, on cpu"
+    assert (code, err, len(lines)) == (0, "", 6) and lines[0].startswith("digits: 10 classes, 2 × ")
     assert all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[4]
     best = tmp_path / "best.pt"
     assert lines[5] == f'next: python evaluate.py --checkpoint "{best}" --data "digits"'
@@ -386,7 +386,6 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, 
     command = (*SMALL, *SMALL_NETWORK, "--out")
     for arguments, message in (
         ((folder,), "contains a run; use --resume, --overwrite or another --out"),
-        ((tmp_path / "none", "--resume"), "start the run without --resume"),
         ((other, "--resume"), "is not the last.pt of such a run"),
     ):
         code, _, err = call(train, *command, *arguments)
@@ -396,6 +395,8 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, 
     assert (folder / "last.pt").read_bytes() == before["last.pt"]
     assert call(train, *command, folder, "--overwrite", "--epochs", 1)[0] == 0
     assert len(load_checkpoint(folder / "last.pt")[1]["history"]) == 1
+    assert call(train, *command, tmp_path / "new", "--resume")[0] == 0  # nothing to resume: a new run
+    assert (tmp_path / "new" / "best.pt").read_bytes() == before["best.pt"]
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -412,7 +413,7 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, 
         (("--image-size", "1000000"), "--image-size 1000000: use a value from 8 to 1024"),
         (("--output-stride", "5"), "invalid choice"),
         (("--surprise", "5"), "unrecognized arguments"),
-        (("--data", "letters"), "'letters': no such dataset or folder"),
+        (("--data", "letters"), "'letters': no such folder or dataset"),
         (("--device", "cuda:99"), "--device cuda:99: not available on this machine"),
         (("--device", "toaster"), "--device toaster: not available on this machine"),
         (("--device", "meta"), "--device meta: not available on this machine"),
