@@ -516,9 +516,9 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "label_smoothing": (float, (0, 1), "share of the target for all classes (cross-entropy only)"),
     "amp": (str, ["off", "bfloat16"], "mixed-precision type for the forward pass"),
     "per_class": (int, (1, 10**6), "training images per class", "all"),
-    "unfreeze": (int, (0, 17), "last blocks to train in stage blocks; 17 includes the stem"),
+    "unfreeze": (int, (0, 17), "last blocks to train; 17 includes the stem", "photos 11, else 17"),
     "views": (int, (0, 100), "cached passes over photos, one plain, others augmented; 0: no cache"),
-    "train_batch_norm": (bool, None, "update BatchNorm's statistics: many or unusual images"),
+    "train_batch_norm": (bool, None, "update BatchNorm's statistics", "no for photos, else yes"),
     "resume": (bool, None, "continue the run in --out with its settings, or start it"),
     "overwrite": (bool, None, "replace the run in --out"),
     "images": ([Path], None, "images and folders to classify without labels", "none"),
@@ -537,7 +537,7 @@ def parse_arguments(description, defaults):
         kind, allowed, text, *unset = OPTIONS[name]
         settings = {"choices": allowed} if isinstance(allowed, list) else {}
         if kind is bool:
-            settings = {"action": "store_true"}
+            settings = {"action": argparse.BooleanOptionalAction if unset else "store_true"}
         elif isinstance(kind, list):
             settings |= {"type": kind[0], "nargs": "+"}
         else:
@@ -592,19 +592,13 @@ def run(main, *errors):
 
 # -------------------------------------------------------------------------------------- the script
 def describe(dataset):
-    """Format the image counts per class and split, and mean and std of the training pixels."""
+    """Format the image counts per class and split."""
     labels = [labels for _, labels in dataset.splits.values()]
     counts = [torch.bincount(n, minlength=len(dataset.classes)).tolist() for n in labels]
     table = [("", *dataset.splits), *zip(dataset.classes, *counts), ("total", *map(sum, counts))]
     width = max(len(name) for name, *_ in table)
-    lines = [f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, *row in table]
-    moments = []  # mean of x and of x² per image: (N, 6)
-    for images, _ in dataset.batches("train"):
-        x = to_pixels(images, dataset.preprocessing).double()
-        moments.append(torch.cat([x, x.square()], dim=1).mean(dim=(2, 3)))
-    mean, square = torch.cat(moments).mean(dim=0).split(3)
-    text = "training pixels: mean {:.4f} {:.4f} {:.4f}, std {:.4f} {:.4f} {:.4f}"
-    return "\n".join([*lines, text.format(*mean, *(square - mean**2).sqrt())])
+    rows = (f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, *row in table)
+    return "\n".join(rows)
 
 def main():
     defaults = {"data": "glyphs", "out": Path("runs/data"), "batch_size": 256}

@@ -14,7 +14,7 @@ take uint8 images (N, channels, S, S) and return probabilities. Terms used here:
 
     fold          move BatchNorm into the weights of the convolution before it
     quantise      round numbers to 8-bit integers with a common scale
-    verify        load a file in a new process, and compare it with the network on all test images
+    verify        load a file in another process, and compare it with the network on all test images
 """
 
 import copy
@@ -157,10 +157,9 @@ def measure(load, path, dataset, split, pixels, threads):
     result = {"accuracy": correct.mean().item(), "latency_ms": 1000 * statistics.median(seconds)}
     return outputs, result | {"batch_difference": (outputs[:16] - single).abs().max().item()}
 
-def verify(name, load, path, expected, accuracy, *how):
-    """Measure a file in a new process. Returns its measurements; raises ValueError for a fault."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        outputs, result = pool.submit(measure, load, path, *how).result()
+def verify(name, load, path, expected, accuracy, pool, *how):
+    """Measure a file in the process of `pool`. Returns a dict; raises ValueError for a fault."""
+    outputs, result = pool.submit(measure, load, path, *how).result()
     result["bytes"] = path.stat().st_size
     result["largest_difference"] = (outputs - expected).abs().max().item()
     lost = round((accuracy - result["accuracy"]) * len(outputs))
@@ -198,14 +197,15 @@ def main():
     print(f"{report['verified_on']}, {how[-1]} threads")
     print(row("file", "MB", "ms / image", "accuracy", "difference"))
     print(row("network", "", f"{reference['latency_ms']:.2f}", f"{accuracy:.2%}", ""))
-    with tempfile.TemporaryDirectory() as folder:
+    spawn = get_context("spawn")  # a process that has not built the network
+    with ProcessPoolExecutor(1, spawn) as pool, tempfile.TemporaryDirectory() as folder:
         for name, (file, export, load) in FORMATS.items():  # in this order: int8 uses onnx's file
             if name not in args.formats:
                 continue
             path = Path(folder, file)
             try:
                 export(folded, example, path, metadata, calibration)
-                result = verify(name, load, path, expected, accuracy, *how)
+                result = verify(name, load, path, expected, accuracy, pool, *how)
             except ImportError as error:
                 print(f"no {name} ({error}): pip install -r requirements-onnx.txt", file=sys.stderr)
                 continue

@@ -4,8 +4,8 @@
     python finetune.py --data path/to/photos --checkpoint imagenet --image-size 160
 
 Stage "classifier" freezes the backbone and trains a new classifier on its features. Stage "blocks"
-also trains the last blocks, with lower learning rates. The first layers stay frozen, because edges
-and strokes look the same in any dataset, and their output can be cached. Terms used here:
+also trains the last blocks, or all. With photos the first layers stay frozen, because edges look
+the same in any photo, and their output can be cached. Terms used here:
 
     front             the part of the backbone that stays frozen in stage "blocks"
     feature maps      output of the front (N, C, H, W)
@@ -25,11 +25,12 @@ import train
 from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
-DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "epochs": 10, "patience": 5}
-DEFAULTS |= {"batch_size": 64, "learning_rate": 0.002, "weight_decay": 0.01}
-DEFAULTS |= {"unfreeze": 11, "views": 4, "train_batch_norm": False}
+DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 5, "batch_size": 64}
+DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "views": 4, "train_batch_norm": None}
+TUNING = ("epochs", "learning_rate", "block_decay", "unfreeze", "train_batch_norm")
+# ImageNet's weights fit other photos: change them little. Printed letters taught less: train all.
+PHOTOS, SMALL_IMAGES = (10, 0.002, 0.9, 11, False), (6, 0.005, 1.0, 17, True)
 HEAD_RATE = 0.5  # learning rate of the head, relative to that of the classifier
-BLOCK_DECAY = 0.9  # learning rate of a block, relative to that of the layer after it
 CACHE_BYTES = 1e9  # size of the largest cache; building it needs twice as much memory
 
 def extract_features(backbone, batches):
@@ -62,6 +63,8 @@ def main():
     # Image size, mean and std as in pretraining; crop and channels are the dataset's.
     known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, known)
+    in_memory = isinstance(dataset.splits["train"][0], torch.Tensor)
+    train.set_defaults(args, dict(zip(TUNING, SMALL_IMAGES if in_memory else PHOTOS)))
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
     if last:
         train.check_classes(last, dataset)
@@ -123,7 +126,7 @@ def layer_groups(tuned, classifier, args):
     rate *= HEAD_RATE
     for layer in reversed([layer for layer in tuned if list(layer.parameters())]):  # no pooling
         groups = train.parameter_groups(layer.parameters(), rate, decay) + groups
-        rate *= BLOCK_DECAY
+        rate *= args.block_decay  # relative to the layer after it
     return groups
 
 def prepare_stage(stage, parts, dataset, views, plain_maps):

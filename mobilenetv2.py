@@ -45,7 +45,8 @@ STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 
 # Table 2 halves the image five times: 224 / 32 = 7. An image of 32 pixels would shrink to a single
-# one. Output stride 16 or 8 therefore replaces the first one or two strides of 2 by 1.
+# one. Output stride 16 or 8 replaces the first one or two strides after the stem's by 1. The stem
+# keeps its own: at full resolution the network is slower, and gave less accurate digits.
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output stride -> number of strides replaced by 1
 
 def make_divisible(value, divisor=8):
@@ -124,7 +125,7 @@ class MobileNetV2(nn.Module):
             has to separate as many classes.
         dropout: probability before the classifier. The paper gives none; torchvision has 0.2.
         output_stride: ratio of image size to the size of the last feature map: 32 (the paper),
-            16 or 8. An image of 32 pixels ends as 1×1, 2×2 or 4×4, each step costs about 3.5 times
+            16 or 8. An image of 32 pixels ends as 1×1, 2×2 or 4×4, each step costs about 3 times
             the multiply-adds, and the weights keep their shapes.
     Shape: (N, 3, S, S) -> (N, num_classes) logits; S is 224 in the paper.
     Raises ValueError for an argument out of range.
@@ -143,7 +144,7 @@ class MobileNetV2(nn.Module):
         self.arch |= {"dropout": dropout, "output_stride": output_stride}
         strides = [2] + [stride for _, _, _, stride in BOTTLENECKS]  # the stem's, then the rows'
         reductions = [index for index, stride in enumerate(strides) if stride == 2]
-        for index in reductions[: STRIDES_DROPPED[output_stride]]:
+        for index in reductions[1 : 1 + STRIDES_DROPPED[output_stride]]:
             strides[index] = 1  # differs from Table 2: less shrinking
         channels = make_divisible(STEM_CHANNELS * width_mult)
         self.stem = convolution(3, channels, 3, strides[0])

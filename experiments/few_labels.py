@@ -6,7 +6,7 @@
 
     from scratch      train.py: all weights start at random and see only these images
     classifier only   finetune.py --epochs 0: a new classifier on the features of a frozen backbone
-    last blocks       finetune.py: the same, then also the last blocks
+    last 11 blocks    finetune.py --unfreeze 11: the same, then also the last blocks and the head
     whole network     finetune.py --unfreeze 17: the same, then also all blocks and the stem
 
 All ways get the same labels. An epoch always has the same number of images: few images are repeated
@@ -34,7 +34,7 @@ from evaluate import write_table  # noqa: E402
 from mobilenetv2 import CheckpointError, load_checkpoint  # noqa: E402
 
 COLOURS = {"from scratch": "#8c959f", "classifier only": "#bf8700"}
-COLOURS |= {"last blocks": "#0969da", "whole network": "#8250df"}
+COLOURS |= {"last 11 blocks": "#0969da", "whole network": "#8250df"}
 BUDGETS = (10, 50, None)  # labels per class; None: all. Skips those above the smallest class.
 
 
@@ -45,7 +45,7 @@ def commands(args):
     return {
         "from scratch": ["train.py", *network, *epochs],
         "classifier only": ["finetune.py", *start, "--epochs", "0"],
-        "last blocks": ["finetune.py", *start, *epochs],
+        "last 11 blocks": ["finetune.py", *start, *epochs, "--unfreeze", "11"],
         "whole network": ["finetune.py", *start, *epochs, "--unfreeze", "17"],
     }
 
@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--width", type=float, default=0.5, help=text)
     text = "output stride of the network from scratch (default: 16)"
     parser.add_argument("--output-stride", type=int, default=16, help=text)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/few_labels"), help="results")
     args = parser.parse_args()
     if args.epochs < 1 or args.seeds < 2:

@@ -39,7 +39,7 @@ def test_few_labels_runs_four_ways_with_valid_options(trained, tmp_path, call, m
     assert scripts[:3] == [("train.py", 10, 0), ("train.py", 10, 1), ("train.py", 50, 0)]
     with open(tmp_path / "few_labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    ways = ["from scratch", "classifier only", "last blocks", "whole network"]
+    ways = ["from scratch", "classifier only", "last 11 blocks", "whole network"]
     assert [row["way"] for row in rows[::3]] == ways
     numbers = {"labels per class": "50", "accuracy": "2.50", "std": "0.71", "seconds": "1"}
     assert rows[1] == {"way": "from scratch"} | numbers

@@ -259,19 +259,20 @@ def test_photos_and_all_kinds_of_checkpoints_are_exported(tmp_path, call, here, 
         ({"lost": 2, "images": 100}, None, "it loses 2 of 100 images"),
     ],
 )
-def test_verify_finds_faults(change, float_fault, int8_fault, tmp_path, monkeypatch, here):
+def test_verify_finds_faults(change, float_fault, int8_fault, tmp_path, monkeypatch):
     case = {"batch_difference": 0.0, "difference": 1e-5, "lost": 0, "images": 1000} | change
     expected = torch.zeros(case["images"], 10)
     result = {"batch_difference": case["batch_difference"], "accuracy": 0.9 - case["lost"] / case["images"]}
     monkeypatch.setattr(export, "measure", lambda *_: (expected + case["difference"], dict(result)))
     (tmp_path / "file").write_bytes(b"seven b")
+    pool = ThreadPoolExecutor(1)
     for name in export.FORMATS:
         fault = int8_fault if name == "int8" else float_fault
         if fault:
             with pytest.raises(ValueError, match=fault):
-                export.verify(name, None, tmp_path / "file", expected, 0.9)
+                export.verify(name, None, tmp_path / "file", expected, 0.9, pool)
         else:
-            assert export.verify(name, None, tmp_path / "file", expected, 0.9)["bytes"] == 7
+            assert export.verify(name, None, tmp_path / "file", expected, 0.9, pool)["bytes"] == 7
 
 
 def test_faulty_files_are_deleted_and_the_others_written(small, tmp_path, call, here, monkeypatch):

@@ -107,7 +107,7 @@ def test_front_rest_and_classifier_are_the_network_cut_in_three(count):
 def test_learning_rates_fall_towards_the_input_and_biases_have_no_weight_decay():
     model = MobileNetV2(10, 0.35)
     _, rest, classifier = finetune.divide(model, 3)
-    args, rates = SimpleNamespace(learning_rate=1.0, weight_decay=0.01), {}
+    args, rates = SimpleNamespace(learning_rate=1.0, weight_decay=0.01, block_decay=0.9), {}
     for group in finetune.layer_groups(rest, classifier, args):
         for parameter in group["params"]:
             rates[parameter] = group["lr"]
