@@ -307,8 +307,7 @@ def load_published(name, data_dir, size):
     splits = {"train": [a[:cut] for a in arrays[:2]], "val": [a[cut:] for a in arrays[:2]]}
     for split, (images, labels) in (splits | {"test": arrays[2:]}).items():
         if images.shape[:1] != labels.shape:
-            problem = f"{len(images)} images and {len(labels)} labels of {split}"
-            raise DataError(f"'{data_dir}' has {problem}: download the files again")
+            raise DataError(f"'{data_dir}': {len(images)} images, {len(labels)} labels: replace it")
         # (N, H, W), or (N, H, W, 3) in CIFAR-10 -> (N, C, H, W)
         images = images[:, None] if images.dim() == 3 else images.movedim(3, 1)
         if size <= 64:  # resize once, not in every epoch; larger images would fill the memory
@@ -442,8 +441,7 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
         indices = sorted((labels == label).nonzero().flatten().tolist(), key=hashes.__getitem__)
         counts = [max(round(len(indices) * share), 1) if share else 0 for share in shares]
         if sum(counts) >= len(indices):
-            folder = paths[indices[0]].parent
-            raise DataError(f"'{folder}': {len(indices)} images are too few to split; add some")
+            raise DataError(f"'{paths[indices[0]].parent}': {len(indices)} images are too few")
         parts.append(numpy.split(numpy.array(indices), numpy.cumsum(counts)))
     return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]
 

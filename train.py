@@ -10,7 +10,7 @@
     epoch       one pass over the training images (several passes for small datasets)
     warm-up     the first steps, in which the learning rate rises to its peak
     top1        share of images whose most probable class is correct
-    best.pt     checkpoint of the epoch with the highest validation top1
+    best.pt     checkpoint of the last epoch within one standard error of the best validation top1
     last.pt     checkpoint of the latest epoch, with everything that --resume needs
 """
 
@@ -225,7 +225,9 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
     if data.RANK == 0:
         write_table(args.out / "log.csv", [list(row), *(row.values() for row in history)])
         about = (model, dataset.classes, dataset.preprocessing, history)
-        if row["val_top1"] == max(row["val_top1"] for row in history):
+        # A later epoch has a lower learning rate: prefer it, within one standard error of the best.
+        best = max(row["val_top1"] for row in history)
+        if row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5:
             save_checkpoint(args.out / "best.pt", *about)
         # last.pt is written last: if the process ends before, --resume repeats the epoch.
         free = ("out", "data_dir", "device", "workers", "resume", "overwrite")  # may differ
@@ -241,7 +243,6 @@ def finish(args, history):
     """Draw the curves, and print the files and the next command."""
     if data.RANK == 0:
         plot_history(history, args.out / "curves.png")
-    print(f"highest validation top1 {max(row['val_top1'] for row in history):.2%}")
     print(f"wrote best.pt, last.pt, log.csv and curves.png to {args.out}")
     print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
 

@@ -1,7 +1,6 @@
 """Test the paper's claims: change the block, and measure the accuracy (Figure 6, at small scale).
 
-    python experiments/ablation.py                # letters, three seeds, the settings of train.py
-    python experiments/ablation.py --epochs 3     # the table and the picture in the README
+    python experiments/ablation.py     # letters, three seeds, the settings of train.py
 
     the paper's            linear bottlenecks, and shortcuts between them
     ReLU6 in bottlenecks   an activation after each projection (§3.2, Figure 6a)
@@ -140,7 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--data", default="glyphs", help="dataset, or folder of images")
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="downloads")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs per network (default: 5)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs per network (default: 3)")
     parser.add_argument("--width", type=float, default=0.5, help="width multiplier (default: 0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="results")

@@ -91,8 +91,8 @@ def main():
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="downloads")
     parser.add_argument("--checkpoint", default="runs/train/best.pt", help="start of finetune.py")
     parser.add_argument("--image-size", type=int, help="image side (default: the scripts')")
-    text = "epochs of train.py, and of stage blocks in finetune.py (default: 10)"
-    parser.add_argument("--epochs", type=int, default=10, help=text)
+    text = "epochs of train.py, and of stage blocks in finetune.py (default: 6)"
+    parser.add_argument("--epochs", type=int, default=6, help=text)
     text = "width multiplier of the network from scratch (default: 0.5)"
     parser.add_argument("--width", type=float, default=0.5, help=text)
     text = "output stride of the network from scratch (default: 16)"

@@ -90,7 +90,7 @@ def test_ablation_changes_the_blocks_but_no_weights():
     images, blocks = torch.randn(2, 3, 32, 32), {}
     for name, (change, _) in ablation.VARIANTS.items():
         torch.manual_seed(0)
-        model = MobileNetV2(5, 0.35, output_stride=16).eval()
+        model = MobileNetV2(5, 0.5, output_stride=16).eval()
         weights = list(model.state_dict())
         change(model)
         assert list(model.state_dict()) == weights
