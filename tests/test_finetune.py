@@ -29,15 +29,6 @@ def changed_layers(before, after):
     return [layer for layer in LAYERS if any(key.startswith(f"{layer}.") for key in changed)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_epochs():
-    """Pass once over the images per epoch. The scripts repeat small datasets."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(data, "REPEATS", {})
-        context.setattr(data, "FOLDER_EPOCH", 32)
-        yield
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Save a network for letters with random weights. Its classes are not the digits."""
