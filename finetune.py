@@ -27,9 +27,10 @@ from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
 DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 5, "batch_size": 64}
 DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "views": 4, "train_batch_norm": None}
-TUNING = ("epochs", "learning_rate", "block_decay", "unfreeze", "train_batch_norm")
 # ImageNet's weights fit other photos: change them little. Printed letters taught less: train all.
-PHOTOS, SMALL_IMAGES = (10, 0.002, 0.9, 11, False), (6, 0.005, 1.0, 17, True)
+PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 11}
+SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17}
+SMALL_IMAGES |= {"train_batch_norm": True}
 HEAD_RATE = 0.5  # learning rate of the head, relative to that of the classifier
 CACHE_BYTES = 1e9  # size of the largest cache; building it needs twice as much memory
 
@@ -64,7 +65,7 @@ def main():
     known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, known)
     in_memory = isinstance(dataset.splits["train"][0], torch.Tensor)
-    train.set_defaults(args, dict(zip(TUNING, SMALL_IMAGES if in_memory else PHOTOS)))
+    train.set_defaults(args, SMALL_IMAGES if in_memory else PHOTOS)
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
     if last:
         train.check_classes(last, dataset)
@@ -83,7 +84,6 @@ def main():
         torch.manual_seed(args.seed)  # a resumed run caches the same augmented images
         prepared = prepare_stage(stage, parts, dataset, args.views, plain_maps)
         network, tuned, train_batches, val_batches = prepared
-        # Adam scales its steps to the gradients, so that one learning rate fits many networks.
         optimizer = torch.optim.AdamW(layer_groups(tuned, classifier, args))  # arXiv:1711.05101
         scheduler = LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(train_batches)))
         if last and history[-1]["stage"] == stage:

@@ -383,8 +383,7 @@ def finetuning(args):
         torch.save(mobilenet_v2().state_dict(), random)
         options = {"data": str(args.photos or folder), "checkpoint": args.checkpoint or random}
         options |= {"image_size": 160, "classifier_epochs": 5, "epochs": 5}
-        tuning = dict(zip(finetune.TUNING, finetune.PHOTOS))
-        settings = argparse.Namespace(**finetune.DEFAULTS | tuning | options)
+        settings = argparse.Namespace(**finetune.DEFAULTS | finetune.PHOTOS | options)
         results = {"usual loop": [], "finetune.py": []}
         for seed in range(ROUNDS):
             settings.seed = seed

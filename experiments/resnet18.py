@@ -67,8 +67,7 @@ class ResNet18(nn.Module):
 
 def transfer(model, preprocessing, args):
     """Run both stages of finetune.py. Returns the accuracy of the best epoch, and the seconds."""
-    tuning = dict(zip(finetune.TUNING, finetune.PHOTOS))
-    settings = argparse.Namespace(**finetune.DEFAULTS | tuning)
+    settings = argparse.Namespace(**finetune.DEFAULTS | finetune.PHOTOS)
     options = {"data_dir": args.data_dir, "batch_size": settings.batch_size}
     dataset = data.load_data(args.data, preprocessing, **options)
     replace_classifier(model, len(dataset.classes))
