@@ -67,9 +67,11 @@ class ResNet18(nn.Module):
 
 def transfer(model, preprocessing, args):
     """Run both stages of finetune.py. Returns the accuracy of the best epoch, and the seconds."""
-    settings = argparse.Namespace(**finetune.DEFAULTS | finetune.PHOTOS)
-    options = {"data_dir": args.data_dir, "batch_size": settings.batch_size}
+    options = {"data_dir": args.data_dir, "batch_size": finetune.DEFAULTS["batch_size"]}
     dataset = data.load_data(args.data, preprocessing, **options)
+    in_memory = isinstance(dataset.splits["train"][0], torch.Tensor)
+    recipe = finetune.SMALL_IMAGES if in_memory else finetune.PHOTOS
+    settings = argparse.Namespace(**finetune.DEFAULTS | recipe)
     replace_classifier(model, len(dataset.classes))
     begun, accuracies = time.perf_counter(), []
     share = settings.unfreeze / 17  # the same for both networks
@@ -87,7 +89,7 @@ def transfer(model, preprocessing, args):
         for epoch in range(epochs):
             torch.manual_seed(hash((args.seed, len(accuracies), 0)))
             network.train()
-            finetune.freeze_batch_norm(network)
+            finetune.freeze_batch_norm(front if settings.train_batch_norm else network)
             train.train_epoch(network, batches, optimizer, scheduler, loss_function)
             accuracies.append(train.validate(network, val_batches)["val_top1"])
             print(f"{stage} {epoch + 1}  validation accuracy {accuracies[-1]:.2%}", flush=True)

@@ -130,7 +130,7 @@ def test_both_stages_use_adamw_with_the_options(start, tmp_path, call, untrained
         assert optimizer.param_groups[-1]["initial_lr"] == 0.5
 
 
-@pytest.mark.parametrize("options", ((2,), (17,), (2, "--train-batch-norm")))
+@pytest.mark.parametrize("options", ((2, "--no-train-batch-norm"), (17, "--no-train-batch-norm"), (2,)))
 def test_frozen_layers_stay_bit_equal_and_others_move(start, tmp_path, call, epochs, options):
     command = (*SHORT, "--checkpoint", start, "--out", tmp_path, "--unfreeze", *options)
     assert call(finetune, *command)[0] == 0
@@ -145,8 +145,21 @@ def test_frozen_layers_stay_bit_equal_and_others_move(start, tmp_path, call, epo
     assert gradients[3] == {name for name in parameters if name.startswith(free)}
     for key in weights[3]:
         statistics = key.endswith(("running_mean", "running_var", "num_batches_tracked"))
-        moves = key.startswith(free) and (not statistics or "--train-batch-norm" in options)
+        moves = key.startswith(free) and (not statistics or "--no-train-batch-norm" not in options)
         assert torch.equal(weights[1][key], weights[3][key]) != moves, key
+
+
+def test_small_images_train_all_layers_and_photos_the_last_blocks(
+    start, photos, tmp_path, call, untrained
+):
+    small = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17, "train_batch_norm": True}
+    large = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 11, "train_batch_norm": None}
+    for source, expected in (("digits", small), (photos, large)):
+        options = ("--data", source, "--image-size", 16, "--classifier-epochs", 1, "--patience", 1)
+        folder = tmp_path / f"run-{expected['unfreeze']}"
+        assert call(finetune, *options, "--checkpoint", start, "--out", folder)[0] == 0
+        settings = load_checkpoint(folder / "last.pt")[1]["settings"]
+        assert {name: settings[name] for name in expected} == expected
 
 
 # ---------------------------------------------------------------------------------------- the cache

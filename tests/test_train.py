@@ -69,7 +69,7 @@ def test_exponential_falls_once_per_epoch():
 @pytest.mark.parametrize(
     "arguments, kind, expected, schedule, batch_size, epochs",
     [
-        ((), torch.optim.SGD, {"initial_lr": 0.1, "nesterov": True}, train.cosine, 64, 5),
+        ((), torch.optim.SGD, {"initial_lr": 0.1, "nesterov": True}, train.cosine, 64, 3),
         (("--recipe", "cosine"), torch.optim.SGD, {"initial_lr": 0.05}, train.cosine, 256, 150),
         (
             ("--recipe", "paper"),
@@ -93,7 +93,7 @@ def test_exponential_falls_once_per_epoch():
             {"weight_decay": 0.5},
             train.cosine,
             64,
-            5,
+            3,
         ),
     ],
 )
@@ -286,10 +286,10 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     for name in ("best.pt", "last.pt", "log.csv"):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
     lines = out.splitlines()
-    assert (code, err, len(lines)) == (0, "", 6) and lines[0].startswith("digits: 10 classes, 2 × ")
-    assert all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[4]
+    assert (code, err, len(lines)) == (0, "", 5) and lines[0].startswith("digits: 10 classes, 2 × ")
+    assert all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[3]
     best = tmp_path / "best.pt"
-    assert lines[5] == f'next: python evaluate.py --checkpoint "{best}" --data "digits"'
+    assert lines[4] == f'next: python evaluate.py --checkpoint "{best}" --data "digits"'
 
 
 # ----------------------------------------------------------------------------- interrupt and resume
