@@ -27,7 +27,7 @@ from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
 DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 5, "batch_size": 64}
 DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "views": 4, "train_batch_norm": None}
-# ImageNet's weights fit other photos: change them little. Printed letters taught less: train all.
+# The dataset decides. ImageNet fits other photos: change little. Letters taught less: train all.
 PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 11}
 SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17}
 SMALL_IMAGES |= {"train_batch_norm": True}
@@ -116,7 +116,7 @@ def divide(model, count):
     return nn.Sequential(*layers[:cut]), rest, nn.Sequential(model.dropout, model.classifier)
 
 def layer_groups(tuned, classifier, args):
-    """Make optimizer groups whose learning rate falls from the classifier towards the input.
+    """Make optimizer groups whose learning rate never rises from the classifier to the input.
 
     The first layers fit all images, the last ones the old classes (Yosinski et al.,
     arXiv:1411.1792). "Discriminative fine-tuning" in Howard and Ruder, arXiv:1801.06146, §3.2.

@@ -45,8 +45,8 @@ STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 
 # Table 2 halves the image five times: 224 / 32 = 7. An image of 32 pixels would shrink to a single
-# one. Output stride 16 or 8 replaces the first one or two strides after the stem's by 1. The stem
-# keeps its own: at full resolution the network is slower, and gave less accurate digits.
+# one. Output stride 16 or 8 sets the first one or two strides of 2 after the stem to 1. The stem
+# keeps its 2: with 1 there the network is slower, and was less accurate on digits.
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output stride -> number of strides replaced by 1
 
 def make_divisible(value, divisor=8):

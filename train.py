@@ -225,7 +225,7 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
     if data.RANK == 0:
         write_table(args.out / "log.csv", [list(row), *(row.values() for row in history)])
         about = (model, dataset.classes, dataset.preprocessing, history)
-        # A later epoch has a lower learning rate: prefer it, within one standard error of the best.
+        # Later epochs mostly have lower rates: prefer them, within one standard error of the best.
         best = max(row["val_top1"] for row in history)
         if row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5:
             save_checkpoint(args.out / "best.pt", *about)
