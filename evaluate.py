@@ -293,8 +293,8 @@ def classify(args):
         print(f"{path}: {', '.join(best)}")
     source, first = (dataset, "test", logits), torch.arange(len(paths))[:32]
     plot_predictions(args.out / "images.png", "predicted class · confidence", *source, first)
-    path, first = args.out / "images-explanation.png", first[:16] if args.explain else ()
-    plot_predictions(path, EXPLANATION, *source, first, model)
+    shown = first[:16] if args.explain else ()  # none: only removes an older picture
+    plot_predictions(args.out / "images-explanation.png", EXPLANATION, *source, shown, model)
 
 def main():
     defaults = {"data": "digits", "out": Path("runs/evaluate"), "batch_size": 256}
