@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 import timeit
-from contextlib import redirect_stdout
+from collections import Counter
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -27,6 +28,8 @@ from unittest.mock import patch
 import torch
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision import datasets, transforms
 from torchvision.models import mobilenet_v2
@@ -277,6 +280,54 @@ def shares_of_a_step(batches, classes):
     print(f"  shares of our time: {', '.join(shares)}")
 
 
+class Traffic(TorchDispatchMode):
+    """Record the seconds of each operator, and the bytes of its inputs and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        begun = time.perf_counter()
+        result = function(*args, **(kwargs or {}))
+        seconds = time.perf_counter() - begun
+        if not function.is_view:  # views move no data
+            name = function.overloadpacket.__name__
+            kind = next((kind for kind in KINDS if kind in name), "other")
+            leaves = tree_leaves((args, kwargs, result))
+            tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+            self.seconds[kind] += seconds
+            self.bytes[kind] += sum(tensor.nbytes for tensor in tensors.values())
+        return result
+
+
+KINDS = ("convolution", "batch_norm", "hardtanh")  # hardtanh: ReLU6
+
+
+def traffic_of_a_step(batches, classes):
+    """Print the data rate of the operators in one training step, beside that of a copy.
+
+    An operator near the rate of a copy is bound by memory, not by arithmetic. The bytes are a lower
+    bound: BatchNorm reads its input twice in training. Maps that fit in the CPU's cache can exceed
+    the rate of a large copy.
+    """
+    network, optimizer = our_network(classes)
+    images, labels = next(iter(batches))
+    for recorder in (nullcontext(), Traffic()):  # the first step allocates memory
+        with recorder:
+            optimizer.zero_grad()
+            functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    source, target = torch.ones(2, 64 * 2**20)  # 256 MB each
+    rate = 2 * source.nbytes / min(timeit.repeat(lambda: target.copy_(source), number=1)) / 1e9
+    whole = sum(recorder.seconds.values())
+    print(f"  a step moves {sum(recorder.bytes.values()) / 1e9:.2f} GB; a copy moves {rate:.1f} GB/s")
+    for kind in (*KINDS, "other"):
+        moved, seconds = recorder.bytes[kind] / 1e9, recorder.seconds[kind]
+        share = seconds / whole
+        print(f"    {kind:12} {share:4.0%} of the time, {moved:.2f} GB, {moved / seconds:.1f} GB/s")
+
+
 def training(args):
     """Compare whole training steps, with data, at width 1 and output stride 32."""
     some = 64 * 20
@@ -291,6 +342,7 @@ def training(args):
         ways["data.py and train.py"] = partial(our_training, batches, 64, 10)
         compare("training at 32 pixels, batches of 64", ways)
         shares_of_a_step(batches, 10)
+        traffic_of_a_step(batches, 10)
     with tempfile.TemporaryDirectory() as folder:
         make_photos(folder, 80, (256, 320))
         usual, dataset = photo_ways(folder, 224, 16)
@@ -304,7 +356,9 @@ def training(args):
             ways[f"{name}, {workers} workers"] = partial(our_training, batches, 16, 2)
         compare("training at 224 pixels, batches of 16", ways)
         dataset.workers = 0
-        shares_of_a_step(dataset.batches("train", augmented=True), 2)
+        batches = dataset.batches("train", augmented=True)
+        shares_of_a_step(batches, 2)
+        traffic_of_a_step(batches, 2)
 
 
 def usual_stage(network, groups, loaders, epochs):
