@@ -3,11 +3,13 @@
 import csv
 import importlib
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from processes import Python
 from test_data import write_image
 
 import finetune
@@ -46,11 +48,23 @@ def test_few_labels_runs_four_ways_with_valid_options(trained, tmp_path, call, m
     assert (tmp_path / "few_labels.png").exists()
 
 
-def test_few_labels_measures_the_best_epoch_of_a_command(trained, tmp_path):
+def test_few_labels_measures_the_best_epoch_of_a_command(trained, tmp_path, monkeypatch):
+    spent = []
+
+    def run(command, stdout):
+        begun, (interpreter, script, *options) = time.perf_counter(), command
+        assert interpreter == sys.executable
+        code, _, error = Python(script, *options, output=tmp_path / "output").wait()
+        assert error == ""
+        spent.append(time.perf_counter() - begun)
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(few_labels.subprocess, "run", run)
     args = SimpleNamespace(data="digits", data_dir=tmp_path, image_size=None)
-    command = ["finetune.py", "--checkpoint", trained / "best.pt", "--epochs", "0"]
+    options = ["--epochs", "0", "--classifier-epochs", "2"]
+    command = ["finetune.py", "--checkpoint", trained / "best.pt", *options]
     accuracy, seconds = few_labels.measure(command, args, budget=10, seed=0)
-    assert 0 < accuracy < 1 < seconds
+    assert 0 < accuracy < 1 and seconds > spent[0] > 0  # the time of the whole command
 
 
 def test_few_labels_reports_a_failed_run_in_one_line(trained, tmp_path, call, monkeypatch):
