@@ -249,7 +249,7 @@ def test_a_run_leaves_its_files(trained):
     columns = ["epoch", "stage", "train_loss", "train_top1", "val_loss", "val_top1"]
     assert [list(row) for row in rows] == [[*columns, "learning_rate"]] * 2
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    expected = [0.1 * train.cosine(step, 22) for step in (11, 22)]  # 714 // 64 steps per epoch
+    expected = [0.1 * train.cosine(step, 10) for step in (5, 10)]  # 714 // 128 steps per epoch
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx(expected)
     model, checkpoint = load_checkpoint(trained / "last.pt")
     losses = [row["val_loss"] for row in checkpoint["history"]]
@@ -362,7 +362,7 @@ def test_a_killed_run_resumes_to_the_same_values(trained, tmp_path, call):
         while not (folder / "last.pt").exists():
             assert run.process.is_alive(), run.wait()
             time.sleep(0.01)
-        time.sleep(random.SystemRandom().uniform(0, 0.3))
+        time.sleep(random.SystemRandom().uniform(0, 0.15))
         if run.process.is_alive():
             os.kill(run.process.pid, ending)
         code, out, err = run.wait()
@@ -431,12 +431,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(
     real, calls = getattr(train, broken), []
 
     def diverge_later(*arguments):
-        """Break one of the 11 steps of the second epoch, or its validation."""
+        """Break one of the 5 steps of the second epoch, or its validation."""
         if broken == "score":
             late = (tmp_path / "last.pt").exists()
             return real(*arguments) | ({"loss": math.nan} if late else {})
         loss = real(*arguments)
-        return lambda *pair: loss(*pair) * (math.inf if calls.append(0) or len(calls) == 17 else 1)
+        return lambda *pair: loss(*pair) * (math.inf if calls.append(0) or len(calls) == 8 else 1)
 
     monkeypatch.setattr(train, broken, diverge_later)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
