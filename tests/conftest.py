@@ -113,12 +113,13 @@ def glyphs_drawn_once(monkeypatch):
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Keep every seventh digit: 102 for training, 27 for validation and 129 for tests."""
+    """Keep every third digit, of 16 pixels: 238 for training, 62 for validation and 300 for tests."""
     load_digits = data.load_digits
+    monkeypatch.setitem(data.PREPROCESSING, "digits", data.SMALL | {"image_size": 16})
 
     def load_few(size):
         classes, splits = load_digits(size)
-        return classes, {split: (images[::7], labels[::7]) for split, (images, labels) in splits.items()}
+        return classes, {split: (images[::3], labels[::3]) for split, (images, labels) in splits.items()}
 
     monkeypatch.setattr(data, "load_digits", load_few)
 

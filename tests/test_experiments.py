@@ -2,8 +2,10 @@
 
 import csv
 import importlib
+import itertools
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -127,7 +129,7 @@ def test_wide_shortcuts_add_the_last_expansion():
     assert torch.equal(ablation.WideShortcuts(*blocks)(x), expected)
 
 
-def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch):
+def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch, few_digits):
     monkeypatch.setattr(ablation, "VARIANTS", dict(list(ablation.VARIANTS.items())[2:3]))
     options = ("--data", "digits", "--epochs", 1, "--seeds", 2, "--width", 0.35)
     code, out, _ = call(ablation, *options, "--out", tmp_path)
@@ -139,16 +141,26 @@ def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch):
     assert (tmp_path / "ablation.png").exists()
 
 
-def test_ablation_trains_as_train_py_does(tmp_path, call):
+def test_ablation_trains_as_train_py_does(tmp_path, call, monkeypatch, few_digits):
     options = ("--data", "digits", "--epochs", 2, "--width", 0.35, "--out", tmp_path)
     assert call(train, *options, "--seed", 1)[0] == 0
+    scores, validate = [], train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: scores.append(validate(*args)) or scores[-1])
     args = SimpleNamespace(data="digits", data_dir=tmp_path, width=0.35, epochs=2)
     curve, _ = ablation.measure(ablation.change_nothing, args, seed=1)
     with open(tmp_path / "log.csv", newline="") as file:
-        assert curve == [float(row["val_top1"]) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    assert curve == [float(row["val_top1"]) for row in rows]
+    assert [row["val_loss"] for row in scores[:2]] == [float(row["val_loss"]) for row in rows]
 
 
-def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkeypatch):
+def test_resnet18_fine_tunes_as_finetune_py_does(
+    trained, tmp_path, call, monkeypatch, few_digits
+):
+    # Each epoch is better than the one before, so both keep the last.
+    accuracies = itertools.count(1)
+    better = lambda *_: {"loss": 1.0, "top1": next(accuracies) / 100}  # noqa: E731
+    monkeypatch.setattr(train, "score", better)
     options = ("--data", "digits", "--checkpoint", trained / "best.pt", "--out", tmp_path)
     assert call(finetune, *options, "--classifier-epochs", 1, "--epochs", 1)[0] == 0
     expected, _ = load_checkpoint(tmp_path / "best.pt")
@@ -163,6 +175,8 @@ def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkey
 
 def test_benchmark_fine_tunes_both_ways(tmp_path, call, monkeypatch):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    narrow = partial(benchmark.mobilenet_v2, width_mult=0.35)
+    monkeypatch.setattr(benchmark, "mobilenet_v2", narrow)
     for name in ("cat/1", "cat/2", "cat/3", "dog/1", "dog/2", "dog/3"):
         write_image(tmp_path / f"{name}.png", (0, 0, 0))
     code, out, error = call(benchmark, "finetuning", "--photos", tmp_path)
