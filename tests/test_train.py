@@ -23,8 +23,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import data
 import finetune
+import mobilenetv2
 import train
 from mobilenetv2 import MobileNetV2, load_checkpoint
+
+
+@pytest.fixture
+def few_blocks(monkeypatch):
+    """Use the first three of the 17 blocks, for a test of files with many runs."""
+    monkeypatch.setattr(mobilenetv2, "BOTTLENECKS", mobilenetv2.BOTTLENECKS[:2])
 
 
 def same(first, second):
@@ -314,7 +321,7 @@ def test_an_interrupted_run_says_so_and_resumes_with_its_own_settings(
 
 
 def test_a_run_interrupted_while_it_writes_resumes_to_the_same_values(
-    bars, tmp_path, call, monkeypatch
+    bars, tmp_path, call, monkeypatch, few_blocks
 ):
     bars.splits = {name: (images[:8], labels[:8]) for name, (images, labels) in bars.splits.items()}
     command = (*SMALL_NETWORK, "--batch-size", 4, "--learning-rate", 0.001, "--epochs", 2, "--out")
