@@ -33,6 +33,20 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.fixture
+def no_layout(monkeypatch):
+    """Draw grids of images without finding places for all titles, which takes half of the time."""
+    figure = data.Figure
+    monkeypatch.setattr(data, "Figure", lambda figsize, layout: figure(figsize))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Draw nothing, for tests that look at numbers and messages only."""
+    for module, name in ((data, "plot_grid"), (evaluate, "plot_confusion"), (evaluate, "plot_history")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+
+
 # ---------------------------------------------------------------------------------------------------- metrics
 
 
@@ -144,7 +158,7 @@ def test_scores_of_known_logits():
 # ------------------------------------------------------------------------------- evaluation of labelled images
 
 
-def test_evaluate_writes_report_tables_and_pictures(trained, tmp_path, call):
+def test_evaluate_writes_report_tables_and_pictures(trained, tmp_path, call, no_layout):
     before = (trained / "best.pt").read_bytes()
     code, out, _ = call(evaluate, "--checkpoint", trained / "best.pt", "--out", tmp_path, "--explain")
     assert code == 0 and (trained / "best.pt").read_bytes() == before
@@ -181,7 +195,7 @@ def test_metrics_do_not_depend_on_batch_size_or_workers(trained, photos):
         assert counts[0].sum() == len(labels) and all(torch.equal(counts[0], others) for others in counts)
 
 
-def test_validation_images_are_used_without_a_test_split(photos, tmp_path, call):
+def test_validation_images_are_used_without_a_test_split(photos, tmp_path, call, no_pictures):
     options = ("--data", photos, "--workers", 0)
     network = ("--width", 0.35, "--image-size", 32, "--epochs", 1, "--batch-size", 8)
     assert call(train, *options, *network, "--out", tmp_path / "run")[0] == 0
@@ -193,7 +207,7 @@ def test_validation_images_are_used_without_a_test_split(photos, tmp_path, call)
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["split"] == "val"
 
 
-def test_torchvision_weights_take_the_classes_of_the_dataset(photos, tmp_path, call):
+def test_torchvision_weights_take_the_classes_of_the_dataset(photos, tmp_path, call, no_pictures):
     options = ("--out", tmp_path / "out", "--checkpoint", tmp_path / "theirs.pth")
     for count, known in ((2, None), (3, "['class 0', 'class 1', 'class 2']"), (1000, "['tench', 'goldfish', ")):
         weights = torchvision.models.mobilenet_v2(num_classes=count, width_mult=0.35).state_dict()
@@ -328,7 +342,7 @@ def predict_files(model, preprocessing, paths):
     return predict(model, data.Data([], preprocessing, {"test": split}).batches("test"))[0]
 
 
-def test_images_without_labels_are_classified_and_explained(trained, photos, tmp_path, call):
+def test_images_without_labels_are_classified_and_explained(trained, photos, tmp_path, call, no_layout):
     (photos / "damaged.jpg").write_bytes(b"not an image")
     options = ("--checkpoint", trained / "best.pt", "--out", tmp_path / "out", "--images")
     code, out, err = call(evaluate, *options, photos, photos / "light" / "3.png", "--explain")

@@ -2,12 +2,16 @@
 
 import csv
 import importlib
+import itertools
 import sys
+import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from processes import Python
 from test_data import write_image
 
 import finetune
@@ -46,11 +50,23 @@ def test_few_labels_runs_four_ways_with_valid_options(trained, tmp_path, call, m
     assert (tmp_path / "few_labels.png").exists()
 
 
-def test_few_labels_measures_the_best_epoch_of_a_command(trained, tmp_path):
+def test_few_labels_measures_the_best_epoch_of_a_command(trained, tmp_path, monkeypatch):
+    spent = []
+
+    def run(command, stdout):
+        begun, (interpreter, script, *options) = time.perf_counter(), command
+        assert interpreter == sys.executable
+        code, _, error = Python(script, *options, output=tmp_path / "output").wait()
+        assert error == ""
+        spent.append(time.perf_counter() - begun)
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(few_labels.subprocess, "run", run)
     args = SimpleNamespace(data="digits", data_dir=tmp_path, image_size=None)
-    command = ["finetune.py", "--checkpoint", trained / "best.pt", "--epochs", "0"]
+    options = ["--epochs", "0", "--classifier-epochs", "2"]
+    command = ["finetune.py", "--checkpoint", trained / "best.pt", *options]
     accuracy, seconds = few_labels.measure(command, args, budget=10, seed=0)
-    assert 0 < accuracy < 1 < seconds
+    assert 0 < accuracy < 1 and seconds > spent[0] > 0  # the time of the whole command
 
 
 def test_few_labels_reports_a_failed_run_in_one_line(trained, tmp_path, call, monkeypatch):
@@ -113,7 +129,7 @@ def test_wide_shortcuts_add_the_last_expansion():
     assert torch.equal(ablation.WideShortcuts(*blocks)(x), expected)
 
 
-def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch):
+def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch, few_digits):
     monkeypatch.setattr(ablation, "VARIANTS", dict(list(ablation.VARIANTS.items())[2:3]))
     options = ("--data", "digits", "--epochs", 1, "--seeds", 2, "--width", 0.35)
     code, out, _ = call(ablation, *options, "--out", tmp_path)
@@ -125,16 +141,26 @@ def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch):
     assert (tmp_path / "ablation.png").exists()
 
 
-def test_ablation_trains_as_train_py_does(tmp_path, call):
+def test_ablation_trains_as_train_py_does(tmp_path, call, monkeypatch, few_digits):
     options = ("--data", "digits", "--epochs", 2, "--width", 0.35, "--out", tmp_path)
     assert call(train, *options, "--seed", 1)[0] == 0
+    scores, validate = [], train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: scores.append(validate(*args)) or scores[-1])
     args = SimpleNamespace(data="digits", data_dir=tmp_path, width=0.35, epochs=2)
     curve, _ = ablation.measure(ablation.change_nothing, args, seed=1)
     with open(tmp_path / "log.csv", newline="") as file:
-        assert curve == [float(row["val_top1"]) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    assert curve == [float(row["val_top1"]) for row in rows]
+    assert [row["val_loss"] for row in scores[:2]] == [float(row["val_loss"]) for row in rows]
 
 
-def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkeypatch):
+def test_resnet18_fine_tunes_as_finetune_py_does(
+    trained, tmp_path, call, monkeypatch, few_digits
+):
+    # Each epoch is better than the one before, so both keep the last.
+    accuracies = itertools.count(1)
+    better = lambda *_: {"loss": 1.0, "top1": next(accuracies) / 100}  # noqa: E731
+    monkeypatch.setattr(train, "score", better)
     options = ("--data", "digits", "--checkpoint", trained / "best.pt", "--out", tmp_path)
     assert call(finetune, *options, "--classifier-epochs", 1, "--epochs", 1)[0] == 0
     expected, _ = load_checkpoint(tmp_path / "best.pt")
@@ -149,6 +175,8 @@ def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkey
 
 def test_benchmark_fine_tunes_both_ways(tmp_path, call, monkeypatch):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    narrow = partial(benchmark.mobilenet_v2, width_mult=0.35)
+    monkeypatch.setattr(benchmark, "mobilenet_v2", narrow)
     for name in ("cat/1", "cat/2", "cat/3", "dog/1", "dog/2", "dog/3"):
         write_image(tmp_path / f"{name}.png", (0, 0, 0))
     code, out, error = call(benchmark, "finetuning", "--photos", tmp_path)

@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
 import sys
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ import torch
 import torchvision
 from conftest import ROOT, call_script
 from PIL import Image
+from processes import CONTEXT, Python
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -70,7 +69,7 @@ def exported(small, tmp_path_factory):
         verified.append(path.name)
         return pool.submit(function, load, path, *how)
 
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.MonkeyPatch.context() as context:
+    with ProcessPoolExecutor(1, CONTEXT) as pool, pytest.MonkeyPatch.context() as context:
         context.setattr(export, "ProcessPoolExecutor", start)
         assert call_script(export, "--checkpoint", small, "--out", folder) == 0
     assert verified == FILES
@@ -134,7 +133,8 @@ def test_files_run_without_this_project(exported, small, tmp_path):
     images = torch.randn(16, 3, 16, 16)
     torch.save(images, tmp_path / "images.pt")
     program = f"""
-import torch, warnings
+import sys, torch, warnings
+assert "mobilenetv2" not in sys.modules
 warnings.simplefilter("ignore")
 folder = {str(exported)!r}
 images = torch.load("images.pt")
@@ -146,7 +146,8 @@ if {ONNX}:
 with torch.inference_mode():
     torch.save([[network(images[:n]) for n in (1, 3, 16)] for network in networks], "outputs.pt")
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    code, _, error = Python(program, cwd=tmp_path, path=(), output=tmp_path / "output").wait()
+    assert code == 0, error
     model, _ = load_checkpoint(small)
     with torch.inference_mode():
         expected = [model(images[:count]) for count in (1, 3, 16)]

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -18,14 +16,22 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, SMALL_NETWORK
 from matplotlib.image import imread
+from processes import Python, torchrun
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
 import finetune
+import mobilenetv2
 import train
 from mobilenetv2 import MobileNetV2, load_checkpoint
+
+
+@pytest.fixture
+def few_blocks(monkeypatch):
+    """Use the first three of the 17 blocks, for a test of files with many runs."""
+    monkeypatch.setattr(mobilenetv2, "BOTTLENECKS", mobilenetv2.BOTTLENECKS[:2])
 
 
 def same(first, second):
@@ -250,7 +256,7 @@ def test_a_run_leaves_its_files(trained):
     columns = ["epoch", "stage", "train_loss", "train_top1", "val_loss", "val_top1"]
     assert [list(row) for row in rows] == [[*columns, "learning_rate"]] * 2
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    expected = [0.1 * train.cosine(step, 22) for step in (11, 22)]  # 714 // 64 steps per epoch
+    expected = [0.1 * train.cosine(step, 10) for step in (5, 10)]  # 714 // 128 steps per epoch
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx(expected)
     model, checkpoint = load_checkpoint(trained / "last.pt")
     losses = [row["val_loss"] for row in checkpoint["history"]]
@@ -315,7 +321,7 @@ def test_an_interrupted_run_says_so_and_resumes_with_its_own_settings(
 
 
 def test_a_run_interrupted_while_it_writes_resumes_to_the_same_values(
-    bars, tmp_path, call, monkeypatch
+    bars, tmp_path, call, monkeypatch, few_blocks
 ):
     bars.splits = {name: (images[:8], labels[:8]) for name, (images, labels) in bars.splits.items()}
     command = (*SMALL_NETWORK, "--batch-size", 4, "--learning-rate", 0.001, "--epochs", 2, "--out")
@@ -350,28 +356,25 @@ def test_a_run_interrupted_while_it_writes_resumes_to_the_same_values(
 RUN_SCRIPT = "import conftest, sys, train; sys.exit(conftest.call_script(train, *sys.argv[1:]))"
 
 
-def start(*arguments):
-    """Start Python in another process, with the project and the tests on its path."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def test_a_killed_run_resumes_to_the_same_values(trained, tmp_path, call):
     """The moment differs from test to test; the end is always the same."""
     endings = signal.SIGKILL, signal.SIGTERM
     folders = [tmp_path / ending.name for ending in endings]
-    command = ("-c", RUN_SCRIPT, *SMALL, *SMALL_NETWORK, "--out")
-    runs = [start(*command, folder) for folder in folders]
+    command, path = (RUN_SCRIPT, *SMALL, *SMALL_NETWORK, "--out"), (ROOT, ROOT / "tests")
+    runs = [
+        Python(*command, folder, path=path, output=tmp_path / f"{folder.name}-output")
+        for folder in folders
+    ]
     for ending, folder, run in zip(endings, folders, runs, strict=True):
         while not (folder / "last.pt").exists():
-            assert run.poll() is None, run.stderr.read()
+            assert run.process.is_alive(), run.wait()
             time.sleep(0.01)
-        time.sleep(random.SystemRandom().uniform(0, 0.3))
-        run.send_signal(ending)
-        out, err = run.communicate()
+        time.sleep(random.SystemRandom().uniform(0, 0.15))
+        if run.process.is_alive():
+            os.kill(run.process.pid, ending)
+        code, out, err = run.wait()
     if "wrote best.pt" not in out:  # else SIGTERM came too late
-        assert run.returncode == 2 and "interrupted" in err and len(err.splitlines()) == 1
+        assert code == 2 and "interrupted" in err and len(err.splitlines()) == 1
     for folder in folders:
         assert len(load_checkpoint(folder / "last.pt")[1]["history"]) >= 1
         assert call(train, "--resume", "--out", folder)[0] == 0
@@ -435,12 +438,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(
     real, calls = getattr(train, broken), []
 
     def diverge_later(*arguments):
-        """Break one of the 11 steps of the second epoch, or its validation."""
+        """Break one of the 5 steps of the second epoch, or its validation."""
         if broken == "score":
             late = (tmp_path / "last.pt").exists()
             return real(*arguments) | ({"loss": math.nan} if late else {})
         loss = real(*arguments)
-        return lambda *pair: loss(*pair) * (math.inf if calls.append(0) or len(calls) == 17 else 1)
+        return lambda *pair: loss(*pair) * (math.inf if calls.append(0) or len(calls) == 8 else 1)
 
     monkeypatch.setattr(train, broken, diverge_later)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
@@ -517,17 +520,14 @@ def save_and_record(args, model, dataset, history, *rest):
     torch.save(record, args.out.with_name(f"{data.RANK}.pt"))
 
 train.save_epoch = save_and_record
-sys.exit(conftest.call_script(train, *sys.argv[1:]))
+assert conftest.call_script(train, *sys.argv[1:]) == 0
 """
 
 
 def test_two_processes_train_one_network(tmp_path):
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    command = (*SMALL, *SMALL_NETWORK, "--out", tmp_path / "run")
-    process = start(*launcher, tmp_path / "script.py", *command)
-    output, error = process.communicate(timeout=100)
-    assert process.returncode == 0, error
+    command, path = (*SMALL, *SMALL_NETWORK, "--out", tmp_path / "run"), (ROOT, ROOT / "tests")
+    torchrun(2, TWO_PROCESSES, *command, output=tmp_path / "output", path=path)
+    output = "".join((tmp_path / "output" / rank / "stdout").read_text() for rank in "01")
     epochs, seeds, weights = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
     assert len(epochs[0]) == 2 and same(*epochs)  # weights, statistics and scores, bit for bit
     assert len([line for line in output.splitlines() if line.startswith("scratch ")]) == 2
