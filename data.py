@@ -86,6 +86,11 @@ class Data:
     workers: int = 0  # processes that decode photos
     device: str = "cpu"  # where images in memory are augmented
 
+    @property
+    def in_memory(self):
+        """True for images in memory, False for photos on disk."""
+        return isinstance(self.splits["train"][0], torch.Tensor)
+
     def batches(self, split, augmented=False, indices=None):
         """Return a DataLoader of (images float (N, 3, S, S), labels (N,)).
 
@@ -106,7 +111,7 @@ class Data:
             count = count * self.repeats
             order = RandomSampler(order, num_samples=count)
         batches = BatchSampler(order, batch_size, drop_last=augmented and count >= batch_size)
-        if isinstance(images, torch.Tensor):
+        if self.in_memory:
             dataset = ArrayDataset(*source, self.augment if augmented else resize, self.device)
             return DataLoader(dataset, batch_size=None, sampler=batches)  # an item is a batch
         dataset = PhotoDataset(*source, augmented)
@@ -514,8 +519,7 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "label_smoothing": (float, (0, 1), "share of the target for all classes (cross-entropy only)"),
     "amp": (str, ["off", "bfloat16"], "mixed-precision type for the forward pass"),
     "per_class": (int, (1, 10**6), "training images per class", "all"),
-    "unfreeze": (int, (0, 17), "last blocks to train; 17 includes the stem", "photos 11, else 17"),
-    "views": (int, (0, 100), "cached passes over photos, one plain, others augmented; 0: no cache"),
+    "unfreeze": (int, (0, 17), "last blocks to train; 17 includes the stem", "photos 10, else 17"),
     "train_batch_norm": (bool, None, "update BatchNorm's statistics", "no for photos, else yes"),
     "resume": (bool, None, "continue the run in --out with its settings, or start it"),
     "overwrite": (bool, None, "replace the run in --out"),

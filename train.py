@@ -204,8 +204,9 @@ def start(args):
 
 # ------------------------------------------------------------------------ files of a run, options
 def set_defaults(args, defaults):
+    """Set the options that are None, that is, not set on the command line."""
     for name, value in defaults.items():
-        if getattr(args, name, None) is None:  # not set on the command line
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
 
 def is_finished(history, stage, epochs, patience):

@@ -69,22 +69,23 @@ def transfer(model, preprocessing, args):
     """Run both stages of finetune.py. Returns the accuracy of the best epoch, and the seconds."""
     options = {"data_dir": args.data_dir, "batch_size": finetune.DEFAULTS["batch_size"]}
     dataset = data.load_data(args.data, preprocessing, **options)
-    in_memory = isinstance(dataset.splits["train"][0], torch.Tensor)
-    recipe = finetune.SMALL_IMAGES if in_memory else finetune.PHOTOS
+    recipe = finetune.SMALL_IMAGES if dataset.in_memory else finetune.PHOTOS
     settings = argparse.Namespace(**finetune.DEFAULTS | recipe)
     replace_classifier(model, len(dataset.classes))
     begun, accuracies = time.perf_counter(), []
     share = settings.unfreeze / 17  # the same for both networks
-    front, _, classifier = parts = finetune.divide(model, round(share * len(model.blocks)))
+    front, rest = finetune.divide(model, round(share * len(model.blocks)))
     front.requires_grad_(False)
-    cached = finetune.fits_in_cache(front, dataset, settings.views)
-    plain = finetune.plain_outputs(front, dataset) if cached else None
     loss_function = partial(functional.cross_entropy, label_smoothing=0.1)
     for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
-        torch.manual_seed(args.seed)
-        prepared = finetune.prepare_stage(stage, parts, dataset, settings.views, plain)
-        network, tuned, batches, val_batches = prepared
-        optimizer = torch.optim.AdamW(finetune.layer_groups(tuned, classifier, settings))
+        if stage == "classifier":
+            network, tuned = nn.Sequential(model.dropout, model.classifier), ()
+            batches, val_batches = finetune.cache_features(nn.Sequential(front, rest), dataset)
+        else:
+            network, tuned, val_batches = model, rest, dataset.batches("val")
+            batches = dataset.batches("train", augmented=True)
+        groups = finetune.layer_groups(tuned, model.classifier, settings)
+        optimizer = torch.optim.AdamW(groups)
         scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(batches)))
         for epoch in range(epochs):
             torch.manual_seed(hash((args.seed, len(accuracies), 0)))

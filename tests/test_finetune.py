@@ -1,11 +1,10 @@
-"""Fine-tuning: frozen and trained layers, the cache, starting points, resuming, bad input."""
+"""Fine-tuning: frozen and trained layers, features, starting points, resuming, bad input."""
 
 import csv
 import os
 import pickle
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 import torchvision
@@ -89,16 +88,15 @@ def untrained(monkeypatch):
 
 
 @pytest.mark.parametrize("count", (0, 3, 17))
-def test_front_rest_and_classifier_are_the_network_cut_in_three(count):
+def test_front_and_rest_are_the_backbone_cut_in_two(count):
     model = MobileNetV2(10, 0.35).eval()
-    front, rest, classifier = finetune.divide(model, count)
+    front, rest = finetune.divide(model, count)
     images = torch.randn(2, 3, 32, 32)
     maps = front(images)
-    torch.testing.assert_close(rest(maps), model.features(images))
-    torch.testing.assert_close(classifier(rest(maps)), model(images))
+    torch.testing.assert_close(rest(maps).mean(dim=(2, 3)), model.features(images))
     assert torch.equal(maps, images) == (count == 17)
     free = LAYERS if count == 17 else LAYERS[18 - count :]
-    behind = {*rest.parameters(), *classifier.parameters()}
+    behind = {*rest.parameters(), *model.classifier.parameters()}
     assert not behind & set(front.parameters())
     for name, parameter in model.named_parameters():
         assert (parameter in behind) == name.startswith(tuple(f"{layer}." for layer in free))
@@ -106,9 +104,9 @@ def test_front_rest_and_classifier_are_the_network_cut_in_three(count):
 
 def test_learning_rates_fall_towards_the_input_and_biases_have_no_weight_decay():
     model = MobileNetV2(10, 0.35)
-    _, rest, classifier = finetune.divide(model, 3)
+    _, rest = finetune.divide(model, 3)
     args, rates = SimpleNamespace(learning_rate=1.0, weight_decay=0.01, block_decay=0.9), {}
-    for group in finetune.layer_groups(rest, classifier, args):
+    for group in finetune.layer_groups(rest, model.classifier, args):
         for parameter in group["params"]:
             rates[parameter] = group["lr"]
             assert group["weight_decay"] == (0.01 if parameter.dim() > 1 else 0)
@@ -153,7 +151,7 @@ def test_small_images_train_all_layers_and_photos_the_last_blocks(
     start, photos, tmp_path, call, untrained
 ):
     small = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17, "train_batch_norm": True}
-    large = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 11, "train_batch_norm": None}
+    large = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 10, "train_batch_norm": None}
     for source, expected in (("digits", small), (photos, large)):
         options = ("--data", source, "--image-size", 16, "--classifier-epochs", 1, "--patience", 1)
         folder = tmp_path / f"run-{expected['unfreeze']}"
@@ -162,98 +160,66 @@ def test_small_images_train_all_layers_and_photos_the_last_blocks(
         assert {name: settings[name] for name in expected} == expected
 
 
-# ---------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------ features, progress
 
 
-class Counted(nn.Sequential):
-    """Layers that count their images."""
-
-    images = 0
-
-    def forward(self, x):
-        self.images += len(x)
-        return super().forward(x)
-
-
-def test_the_cache_has_the_outputs_of_the_frozen_layers():
+def test_cached_features_are_those_of_the_network_and_an_epoch_repeats_them():
     dataset = data.load_data("digits", {"image_size": 16}, per_class=3, batch_size=16)
     dataset.repeats = 2
     model = MobileNetV2(10, 0.35, output_stride=16)
     nn.init.normal_(model.stem.norm.running_mean)  # the outputs in training mode differ
-    layers = Counted(model.stem)
-    plain = finetune.plain_outputs(layers, dataset)
-    torch.manual_seed(1)
-    train_batches, val_batches = finetune.cache(layers, dataset, 3, plain)
-    assert layers.images == 30 + 2 * 48 + 184  # 3 · 16 of 2 · 30 augmented images per view
-    layers.eval()
-    pairs = list(dataset.batches("train"))
-    torch.manual_seed(1)
-    for _ in range(2):
-        pairs += dataset.batches("train", augmented=True)
-    maps, labels = train_batches.dataset.tensors
-    with torch.no_grad():
-        assert torch.equal(maps, torch.cat([layers(images) for images, _ in pairs]))
-        assert torch.equal(labels, torch.cat([labels for _, labels in pairs]))
-        cached = torch.cat([maps for maps, _ in val_batches])
-        assert torch.equal(cached, torch.cat([layers(x) for x, _ in dataset.batches("val")]))
-    assert not maps.requires_grad
+    front, rest = finetune.divide(model, 5)
+    train_batches, val_batches = finetune.cache_features(nn.Sequential(front, rest), dataset)
+    features, labels = train_batches.dataset.tensors
+    assert features.shape == (30, 1280) and not features.requires_grad
+    model.eval()
+    for split, found, found_labels in (
+        ("train", features, labels),
+        ("val", *(torch.cat(parts) for parts in zip(*val_batches))),
+    ):
+        with torch.no_grad():
+            pairs = [(model.features(x), y) for x, y in dataset.batches(split)]
+        expected, expected_labels = (torch.cat(parts) for parts in zip(*pairs))
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found_labels, expected_labels)
 
-    # An epoch has 3 batches from all passes, without repetition and in random order.
+    # An epoch has 3 batches, as 2 passes over 30 images have, in random order.
     orders = []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
         epoch = list(train_batches)
         assert [len(labels) for _, labels in epoch] == [16] * 3
         drawn = torch.cat([maps for maps, _ in epoch])
-        matches = (drawn[:, None] == maps).flatten(2).all(dim=2)  # (48, 126)
-        assert (matches.sum(dim=1) == 1).all()
-        order = matches.int().argmax(dim=1)
-        assert len(order.unique()) == 48 and order.min() < 30 and order.max() >= 30 + 48
+        order = (drawn[:, None] == features).all(dim=2).int().argmax(dim=1)  # (48,)
+        assert torch.equal(features[order], drawn)
         assert torch.equal(labels[order], torch.cat([labels for _, labels in epoch]))
+        assert len(order[:30].unique()) == 30 and len(order[30:].unique()) == 18
         orders.append(order)
     assert orders[0].equal(orders[2]) and not orders[0].equal(orders[1])
 
 
-def test_features_in_the_cache_are_those_of_the_network():
-    dataset = data.load_data("digits", {"image_size": 16}, per_class=3)
-    model = MobileNetV2(10, 0.35).eval()
-    front, rest, _ = finetune.divide(model, 5)
-    features, labels = finetune.extract_features(nn.Sequential(front, rest), dataset.batches("val"))
-    images, expected_labels = next(iter(dataset.batches("val")))
-    with torch.no_grad():
-        torch.testing.assert_close(features[: len(images)], model.features(images))
-    assert features.shape == (184, 1280) and labels[: len(images)].equal(expected_labels)
+def test_the_backbone_sees_each_image_once_in_stage_classifier(start, tmp_path, call, monkeypatch):
+    counts = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: counts.append(len(output))
+        if isinstance(module, nn.Flatten)
+        else None
+    )
+    command = (*SHORT, "--checkpoint", start, "--epochs", 0, "--out", tmp_path)
+    try:
+        assert call(finetune, *command)[0] == 0
+    finally:
+        hook.remove()
+    assert sum(counts) == 40 + 184
 
 
-def test_only_maps_of_photos_that_fit_into_memory_are_cached(monkeypatch):
-    front, _, _ = finetune.divide(MobileNetV2(10, 0.35).requires_grad_(False), 14)
-    labels = torch.zeros(10, dtype=torch.long)
-    files, images = numpy.full(10, "1.png"), torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
-    photos = data.Data([], {"image_size": 32}, {"train": (files, labels)}, repeats=2)
-    needed = front(torch.zeros(1, 3, 32, 32)).numel() * 4 * 10 * 2
-    monkeypatch.setattr(finetune, "CACHE_BYTES", 3 * needed)
-    assert finetune.fits_in_cache(front, photos, 3) and not finetune.fits_in_cache(front, photos, 4)
-    assert not finetune.fits_in_cache(front, photos, 0)
-    assert not finetune.fits_in_cache(nn.Sequential(), photos, 1)
-    in_memory = data.Data([], {"image_size": 32}, {"train": (images, labels)})
-    assert not finetune.fits_in_cache(front, in_memory, 1)
-
-
-def test_stage_blocks_caches_photos_unless_views_is_0(
-    start, photos, tmp_path, call, monkeypatch, untrained
-):
-    views, cache = [], finetune.cache
-    monkeypatch.setattr(finetune, "cache", lambda *args: views.append(args[2]) or cache(*args))
-    command = ("--image-size", 16, "--epochs", 1, "--classifier-epochs", 1, "--checkpoint", start)
-    for options, expected in (
-        (("--data", photos), [1, 4]),  # 1: the features
-        (("--data", photos, "--views", 2), [1, 2]),
-        (("--data", photos, "--views", 0), [1]),
-        (("--data", "digits", "--per-class", 4), [1]),
-    ):
-        views.clear()
-        assert call(finetune, *command, *options, "--overwrite", "--out", tmp_path / "run")[0] == 0
-        assert views == expected
+def test_a_long_pass_shows_its_progress(monkeypatch, capsys):
+    now = iter([0, 10, 20, 30, 40])  # seconds
+    monkeypatch.setattr(finetune.time, "monotonic", lambda: next(now))
+    batches = [(torch.zeros(8, 3), torch.zeros(8))] * 4
+    assert list(finetune.show_progress(batches, "features (train)")) == batches
+    lines = ["features (train)  2 of 4 batches, 1 images/s", "features (train)  4 of 4 batches, 1 images/s"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -267,7 +233,7 @@ def test_early_stopping_ends_each_stage_and_keeps_the_best(
     layer_groups = finetune.layer_groups
 
     def collect(trained, classifier, args):
-        first_weights.append(classifier[1].weight.clone())
+        first_weights.append(classifier.weight.clone())
         return layer_groups(trained, classifier, args)
 
     monkeypatch.setattr(finetune, "layer_groups", collect)
@@ -309,9 +275,9 @@ def test_a_run_has_one_history_and_the_same_command_gives_the_same_bytes(
 def test_an_interrupted_run_on_photos_resumes_to_the_same_values(
     start, photos, tmp_path, call, monkeypatch
 ):
-    """Interrupt each stage, so that the resumed run computes its features or maps again."""
+    """Interrupt each stage, so that the resumed run computes its features again."""
     command = ("--data", photos, "--checkpoint", start, "--image-size", 16, "--batch-size", 4)
-    command += ("--epochs", 2, "--classifier-epochs", 2, "--views", 3, "--unfreeze", 2)
+    command += ("--epochs", 2, "--classifier-epochs", 2, "--unfreeze", 2)
     assert call(finetune, *command, "--out", tmp_path / "whole")[0] == 0
     model, whole = load_checkpoint(tmp_path / "whole" / "last.pt")
     before = load_checkpoint(start)[0].state_dict()
@@ -330,8 +296,8 @@ def test_an_interrupted_run_on_photos_resumes_to_the_same_values(
         with monkeypatch.context() as context:
             context.setattr(train, "save_epoch", interrupt)
             assert call(finetune, *command, "--out", folder)[0] == 2
-        # The run keeps its settings: --views 2 is ignored.
-        assert call(finetune, "--views", 2, "--out", folder, "--resume")[0] == 0
+        # The run keeps its settings: --unfreeze 1 is ignored.
+        assert call(finetune, "--unfreeze", 1, "--out", folder, "--resume")[0] == 0
         assert_same_runs(folder, tmp_path / "whole")
 
 
@@ -419,7 +385,7 @@ def make_bad(kind, tmp_path, start):
         return ("--checkpoint", start, "--data", folder), "(0 images)"
     if kind == "per class":
         return ("--checkpoint", start, "--per-class", 5000), "a class has 68 images"
-    value = {"--epochs": -1, "--unfreeze": 18, "--views": -1, "--classifier-epochs": 0}[kind]
+    value = {"--epochs": -1, "--unfreeze": 18, "--classifier-epochs": 0}[kind]
     return ("--checkpoint", start, kind, value), f"{kind} {value}: use a value from "
 
 
@@ -436,7 +402,6 @@ def make_bad(kind, tmp_path, start):
         "per class",
         "--epochs",
         "--unfreeze",
-        "--views",
         "--classifier-epochs",
     ],
 )
