@@ -62,8 +62,10 @@ TABLE_2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3
 
 LIMIT = "the grader's limit (the line itself may be correct)"
 
-CLASS_NAMES = ("num_classes", "n_classes", "n_class", "num_class", "nclass", "classes", "class_num", "class_count", "nb_classes")
-WIDTH_NAMES = ("width_mult", "width_multiplier", "width", "alpha", "multiplier", "width_coefficient")
+# Names of arguments that the grader accepts, without capitals and underscores; the first of each is the usual one.
+CLASS_NAMES = ("num_classes", "numclasses", "nclasses", "nclass", "numclass", "classes", "classnum", "classcount", "nbclasses")
+WIDTH_NAMES = ("width_mult", "widthmult", "widthmultiplier", "width", "alpha", "multiplier", "widthcoefficient")
+INPUT_NAMES = ("in_channels", "inchannels", "inchannel", "inputchannels", "inputchannel", "inch", "chin", "channels")
 
 
 class GraderLimit(BaseException):
@@ -238,8 +240,11 @@ def same(one, other):
 
 
 @functools.lru_cache
-def expected_layers(width=1.0, size=224):
-    """Return the 53 layers of Table 2 for images of `size` pixels, with the place of each in the table."""
+def expected_layers(width=1.0, size=224, expand_first=False):
+    """Return the 53 layers of Table 2 for images of `size` pixels, with the place of each in the table.
+
+    expand_first: with a 1×1 convolution for t = 1 too, which is no fault of the structure; see `Submission.expected`.
+    """
 
     def scaled(channels):  # as in the paper's reference implementation: a multiple of 8, not below 90%
         rounded = max(8, int(channels * width + 4) // 8 * 8)
@@ -251,7 +256,7 @@ def expected_layers(width=1.0, size=224):
         for block in range(n):
             name = f"row {row} of Table 2 (t={t}, c={c}, n={n}, s={s}), block {block + 1} of {n}"
             stride, wide = s if block == 0 else 1, channels * t
-            if t > 1:
+            if t > 1 or expand_first:
                 layers.append(Layer(channels, wide, (1, 1), (1, 1), 1, size, f"{name}, expansion"))
             size //= stride
             layers.append(Layer(wide, wide, (3, 3), (stride, stride), wide, size, f"{name}, depthwise convolution"))
@@ -334,7 +339,17 @@ class Submission:
             if isinstance(error, GraderLimit | MemoryError) or "allocate memory" in reason or "enough memory" in reason:
                 kind = LIMIT
             fault = ": ".join([what, *place, kind, reason])
-        expect(False, fault + hint(fault))
+        fault += hint(fault)
+        expect(False, fault if fault.endswith((".", ")")) else f"{fault}.")
+
+    @property
+    def expands_first(self):
+        """Whether the first block has an expansion with t = 1: against a convention, but all other criteria can be judged."""
+        layers = self.structure.layers
+        return len(layers) == 54 and layers[1].kernel == (1, 1) and layers[1].out_channels == 32
+
+    def expected(self, width=1.0, size=224):
+        return expected_layers(width, size, self.expands_first)
 
     # ---------------------------------------------------------------------------------------------- building
 
@@ -350,8 +365,8 @@ class Submission:
         return f"({', '.join(map(str, self.parameters.values()))})"
 
     def accepts(self, names):
-        """Return the first of `names` that is a parameter, or the first name if there is a **kwargs, or None."""
-        known = next((name for name in names if name in self.parameters), None)
+        """Return the parameter that has one of `names`, or the first name if there is a **kwargs, or None."""
+        known = next((name for name in self.parameters if name.lower().replace("_", "") in names), None)
         any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values())
         return known or (names[0] if any_name else None)
 
@@ -369,6 +384,9 @@ class Submission:
             named[self.accepts(CLASS_NAMES)] = classes
         elif self.takes_classes_first():
             first = [classes]
+        channels = self.parameters.get(self.accepts(INPUT_NAMES))
+        if channels is not None and channels.default is channels.empty:
+            named[channels.name] = 3
         if width is not None:
             named[self.accepts(WIDTH_NAMES)] = width
         call = ", ".join([*map(str, first), *(f"{name}={value}" for name, value in named.items())])
@@ -460,7 +478,7 @@ class Submission:
     def pairs(self, training=False):
         """Return pairs (layer as it ran, layer as Table 2 wants it)."""
         record = self.record(training)
-        expected = expected_layers(size=record.size)
+        expected = self.expected(size=record.size)
         expect(
             len(record.layers) == len(expected),
             f"{'in training mode, ' if training else ''}{len(record.layers)} layers run, expected {len(expected)}.",
@@ -582,6 +600,8 @@ def load_submission(path):
         lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         fault = f"{type(error).__name__}{''.join(lines[-1:])}: {' '.join(str(error).split())}"
         fix = "give a Python file with a class MobileNetV2; put code that trains or prints under if __name__ == '__main__':"
+        if isinstance(error, ModuleNotFoundError):
+            fix = "remove the import, or put it under if __name__ == '__main__': if the network does not need it"
         raise pytest.UsageError(f"--implementation {path}: {fault} ({fix})") from error
     finally:
         sys.path.pop(0)

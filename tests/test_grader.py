@@ -423,9 +423,9 @@ class MobileNetV2(nn.Module):
 class Renamed(nn.Module):
     """Other names for the arguments, and no default."""
 
-    def __init__(self, n_class, alpha=1.0):
+    def __init__(self, ch_in, numClasses, alpha=1.0):
         super().__init__()
-        self.network = MobileNetV2(n_class, alpha)
+        self.network = MobileNetV2(numClasses, alpha)
 
     def forward(self, x):
         return self.network(x)
@@ -449,6 +449,11 @@ def test_independent_faults_cost_only_their_own_points():
         "normalisation", "linear bottleneck", "shortcut", "parameters and multiply-adds"]  # fmt: skip
     # The gradients reach all parameters, but their values cannot be compared.
     assert [name for name in found if found[name] == "skipped"] == ["gradients"]
+
+
+def test_an_expansion_with_t_1_costs_no_other_points():
+    found = score(load(patch((EXPAND, "convolution(in_channels, wide, 1)"))))
+    assert found.points == 75 and "(This is a convention" in found.status("layers")[1]
 
 
 def test_after_another_structure_the_rest_is_skipped():
@@ -536,10 +541,10 @@ def test_a_file_that_cannot_be_graded_gives_an_error_of_one_line(tmp_path, text,
 
 @pytest.mark.parametrize(
     "parameters, message",
-    [("self, ch_in, num_classes=1000", r"TypeError: .*'ch_in'. The parameters are \(ch_in, num_classes=1000\); expected num_classes"),
+    [("self, depth, num_classes=1000", r"TypeError: .*'depth'. The parameters are \(depth, num_classes=1000\); expected num_classes"),
      ("self, **kwargs", r"TypeError: .*unexpected keyword argument 'num_classes'. The parameters are \(\*\*kwargs\)")],
 )  # fmt: skip
 def test_a_message_about_parameters_names_those_of_the_network(parameters, message):
     source = f"from torch import nn\nclass MobileNetV2(nn.Module):\n  def __init__({parameters}):\n    super().__init__()\n"
-    source += "    print(ch_in)" if "ch_in" in parameters else "    nn.ReLU(**kwargs)"
+    source += "    print(depth)" if "depth" in parameters else "    nn.ReLU(**kwargs)"
     assert re.search(message, grade(load(source)))
