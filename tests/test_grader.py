@@ -1,5 +1,6 @@
 """Typical wrong networks, as patches of the correct one: the grader must fail each with a message that names its fault."""
 
+import ast
 import inspect
 import os
 import re
@@ -147,7 +148,7 @@ WRONG = {
         ),
     ),
     "layers in a Python list": (
-        "1 layers ran whose weights are not among network.parameters",
+        "the weights of 1 of 53 layers are not among network.parameters",
         (HEAD, "self.list = [convolution(channels, head_channels, 1)]"),
         ("x = self.head(x)", "x = self.list[0](x)"),
     ),
@@ -234,6 +235,10 @@ WRONG = {
         "gradient stops in the shortcut of row 7 .* block 3 of 3: .detach",
         (SHORTCUT, SHORTCUT.replace("x + out", "x.detach() + out")),
     ),
+    "a detached image": (
+        "the gradient of the image differs .* by 100%.* in row 1 of Table 2 .the stem, conv2d 3×3., or directly in front of it",
+        ("x = self.stem(x)", "x = self.stem(x.detach())"),
+    ),
     "half of the gradient": (
         "the gradient of 'blocks.16.project.norm.bias' differs .* by 50%. Those of all later layers agree",
         ("x = self.blocks(x)", "x = self.blocks(x) / 2\n        x = x + x.detach()"),
@@ -272,7 +277,7 @@ WRONG = {
         (PROJECT, "self.project, self.norm = nn.Conv2d(wide, out_channels, 1), nn.BatchNorm2d(out_channels)"),
     ),
     "BatchNorm folded into the convolutions": (
-        "row 1 .* does not follow directly. No BatchNorm runs .*folded into the convolutions",
+        "row 1 .* does not follow directly. No BatchNorm runs .*is BatchNorm folded into them",
         (NORM, "layers.norm = nn.Identity()"),
         ("bias=False", "bias=True"),
     ),
@@ -548,3 +553,75 @@ def test_a_message_about_parameters_names_those_of_the_network(parameters, messa
     source = f"from torch import nn\nclass MobileNetV2(nn.Module):\n  def __init__({parameters}):\n    super().__init__()\n"
     source += "    print(depth)" if "depth" in parameters else "    nn.ReLU(**kwargs)"
     assert re.search(message, grade(load(source)))
+
+
+# ------------------------------------------------------------------------------------------------ the assignment
+
+ASSIGNMENT = ROOT / "docs" / "assignment"
+SKELETON = (ASSIGNMENT / "student.py").read_text(encoding="utf-8")
+
+
+def definitions(source):
+    """Return the source of each class, function and constant at the top level of a file, by name."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.get_source_segment(source, node)
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.get_source_segment(source, node)
+    return found
+
+
+def fill(*names):
+    """Return the skeleton with the project's code in the places of `names`."""
+    source, solution = SKELETON, definitions(SOURCE)
+    for name in names:
+        source = source.replace(definitions(SKELETON)[name], solution[name])
+    return "\n\n".join([solution["STRIDES_DROPPED"], source, solution["initialise"]])  # the project's network uses both
+
+
+TASKS = {  # solved parts: pattern of the message
+    (): "student.py, line .*TODO 1: write make_divisible",
+    ("make_divisible",): "student.py, line .*TODO 2: write convolution",
+    ("make_divisible", "convolution"): "student.py, line .*TODO 4: build the blocks",
+    ("make_divisible", "convolution", "MobileNetV2"): "student.py, line .*TODO 3: build the layers of a block",
+    ("make_divisible", "convolution", "MobileNetV2", "InvertedResidual"): "5 layers with weights, expected 53",
+    ("make_divisible", "convolution", "MobileNetV2", "InvertedResidual", "BOTTLENECKS"): None,
+}
+
+
+@pytest.mark.parametrize("solved, message", TASKS.items(), ids=lambda value: str(len(value or ())))
+def test_the_skeleton_fails_with_its_next_task_until_it_is_filled_in(solved, message, capsys):
+    found = score(load(fill(*solved)))
+    if message:
+        assert found.points == 0 and re.search(message, found.status("layers")[1]), found.lines()
+    else:
+        assert found.points == 100, found.lines()
+        exec(fill(*solved), {"__name__": "__main__"})
+        assert "Tasks 1 to 3 have the correct numbers" in capsys.readouterr().out
+
+
+def test_the_skeleton_has_the_projects_signatures():
+    namespaces = {"__name__": "skeleton"}, {"__name__": "project"}
+    for source, names in zip((SKELETON, SOURCE), namespaces, strict=True):
+        exec(source, names)
+    skeleton, project = namespaces
+    for name in ("make_divisible", "convolution", "InvertedResidual"):
+        assert inspect.signature(skeleton[name]) == inspect.signature(project[name])
+    parameters = [list(inspect.signature(names["MobileNetV2"]).parameters.values()) for names in namespaces]
+    assert parameters[0] == parameters[1][:3]  # without output_stride, which is not the paper's
+
+
+@pytest.mark.parametrize("name", ("handout.md", "handout.zh-CN.md"))
+def test_handouts_and_grader_name_the_same_criteria(name):
+    text = (ASSIGNMENT / name).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z -]+) \| (\d+) \|", text, flags=re.MULTILINE)
+    assert {criterion: int(points) for criterion, points in rows if not criterion.isdigit()} == CRITERIA
+    assert list(dict(rows)) == list(CRITERIA)
+    assert [int(task) for task in re.findall(r"^\| (\d) \|", text, flags=re.MULTILINE)] == [1, 2, 3, 4, 5]
+    assert re.findall(r"```bash\n(.*)\n```", text) == [" ".join(command("docs/assignment/student.py")).replace(sys.executable, "python")]
+
+
+def test_each_criterion_has_a_test():
+    assert {mark.args[0] for test, _ in runs() for mark in test.pytestmark if mark.name == "criterion"} == set(CRITERIA)
+    assert sum(CRITERIA.values()) == 100

@@ -233,8 +233,8 @@ def test_pytorch_knows_all_weights(submission):
     strangers = [layer for layer in submission.record().layers if layer.weight.data_ptr() not in known]
     expect(
         not strangers,
-        f"{len(strangers)} layers ran whose weights are not among network.parameters(): no optimizer trains them, and eval() does not"
-        " reach them. PyTorch does not see layers in a Python list or dict, or layers made in forward; make them in __init__ and use"
+        f"the weights of {len(strangers)} of {len(submission.record().layers)} layers are not among network.parameters(): no optimizer"
+        " trains them, and eval() does not reach them. PyTorch does not see layers in a Python list or dict, or layers made in forward; make them in __init__ and use"
         " nn.ModuleList, nn.Sequential or nn.ModuleDict.",
     )
 
@@ -282,7 +282,11 @@ def test_batch_norm_behind_every_convolution(submission):
     pairs, norms = submission.pairs()[:-1], submission.record().norms
     idle = never_called(submission)
     unused = f" '{idle[0]}' is built in __init__, but forward never calls it." if idle else ""
-    folded = "" if norms else " No BatchNorm runs in the whole network; are its weights folded into the convolutions?"
+    folded = ""
+    if not norms:
+        folded = " No BatchNorm runs in the whole network."
+    if not norms and pairs[0][0].bias is not None:
+        folded = " No BatchNorm runs in the whole network, and the convolutions have biases: is BatchNorm folded into them?"
     for found, expected in pairs:
         expect(
             found.norm is not None and found.norm.weight is not None,
@@ -570,7 +574,8 @@ def test_equal_weights_give_torchvisions_logits_and_gradients(submission, traini
         f"{in_mode(training)}with torchvision's weights, layer by layer, the logits differ from torchvision's by {difference:.0%} of"
         " their difference between two images. All layers are correct, so something between them is not.",
     )
-    found = [("the image", images.grad, -1), *((f"'{name}'", parameter.grad, layer) for name, parameter, layer in parameters)]
+    image_gradient = torch.zeros_like(images) if images.grad is None else images.grad
+    found = [("the image", image_gradient, -1), *((f"'{name}'", parameter.grad, layer) for name, parameter, layer in parameters)]
     errors = [relative(one - other.reshape(one.shape), other) for (_, one, _), other in zip(found, gradients, strict=True)]
     faults = [index for index, error in enumerate(errors) if error > 0.01]
     if faults:  # gradients flow from the last layer to the first: the last fault is nearest to its cause
@@ -582,7 +587,7 @@ def test_equal_weights_give_torchvisions_logits_and_gradients(submission, traini
 def explain_gradient(theirs, training, index, gradient, layer):
     """Return where the gradient stops. `gradient`: the last one that differs from the reference, of layer number `layer`."""
     expected = expected_layers()
-    after = expected[layer + 1].name.rpartition(", ")[0] or expected[layer + 1].name
+    after = re.sub(", (expansion|depthwise convolution|projection)$", "", expected[layer + 1].name)
     blocks_before = sum("projection" in expected[i].name for i in range(layer + 1))
     if 0 < blocks_before < 17 and "projection" in expected[layer].name:
         block = theirs.network.features[blocks_before + 1]
@@ -592,7 +597,7 @@ def explain_gradient(theirs, training, index, gradient, layer):
             del block.forward
             if relative(gradient - cut.reshape(gradient.shape), cut) < 0.01:
                 return f"The gradient stops in the shortcut of {after}: .detach(), .data or no_grad cuts it; write x + ..."
-    return f"Those of all later layers agree, so the gradient stops or changes in {after}: look for .detach(), .data and no_grad."
+    return f"Those of all later layers agree, so the gradient stops or changes in {after}, or directly in front of it: look for .detach(), .data and no_grad."
 
 
 # --------------------------------------------------------------------------------------------------------- width
