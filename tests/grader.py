@@ -139,29 +139,25 @@ class Record(TorchDispatchMode):
         self.logits = self.error = None
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run one operator of PyTorch, and record it. Names and arguments were tried with torch 2.14."""
         kwargs = kwargs or {}
-        name = function.overloadpacket.__name__  # tried with torch 2.14
-        if name == "bernoulli_" and not isinstance(args[1] if len(args) > 1 else None, torch.Tensor):
+        name = function.overloadpacket.__name__
+        if name == "bernoulli_" and not any(isinstance(p, torch.Tensor) for p in args[1:]):  # in functional.dropout
             self.add_dropout()
             return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         if name == "native_dropout":
             self.add_dropout()
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        taken = None
-        if name in ("convolution", "addmm", "mm") and self.copies:
-            taken = args[1 if name == "addmm" else 0].clone()
-        elif name == "native_batch_norm":
-            follows = self.layers and self.layers[-1].norm is None and self.follows(args[0])
+        is_layer = name in ("convolution", "addmm", "mm")
+        taken = args[name == "addmm"].clone() if is_layer and self.copies else None  # addmm(bias, x, weight)
+        follows = name == "native_batch_norm" and self.follows_layer(args[0])
         result = function(*args, **kwargs)
-        tensor = result[0] if isinstance(result, tuple | list) and result else result
-        if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.element_size() > FEATURE_LIMIT:
-            if not (args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == tensor.data_ptr()):  # a view
-                size = tensor.numel() * tensor.element_size() / 1e6
-                raise GraderLimit(f"a tensor of shape {tuple(tensor.shape)} needs {size:,.0f} MB")
-        if name in ("convolution", "addmm", "mm"):
-            self.add_layer(name, args, taken, tensor)
+        given = result[0] if isinstance(result, tuple | list) and result else result
+        limit_size(given, args)
+        if is_layer:
+            self.add_layer(name, args, taken, given)
         elif name == "native_batch_norm":
-            self.add_norm(args, tensor, follows)
+            self.add_norm(args, given, follows)
         else:
             self.since.append(name)
         return result
@@ -190,27 +186,38 @@ class Record(TorchDispatchMode):
             self.layers[-1].norm, self.layers[-1].given = norm, None
             self.since = []
 
-    def follows(self, x):
+    def follows_layer(self, x):
         """Return whether BatchNorm's input x is the output of the last layer."""
+        if not self.layers or self.layers[-1].norm:
+            return False
         return same(x, self.layers[-1].given) if self.copies else not self.since
 
     def add_dropout(self):
         module, line = None, ""
         frame = sys._getframe(2)
         while frame and not line:
-            if Path(frame.f_code.co_filename).name == "dropout.py":
+            file = Path(frame.f_code.co_filename)
+            if not is_library(file):
+                line = f"{file.name}, line {frame.f_lineno}"
+            elif file.name == "dropout.py":
                 module = frame.f_locals.get("self", module)
-            elif not is_library(frame.f_code.co_filename):
-                line = f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
             frame = frame.f_back
-        arithmetic = {"empty_like", "empty", "new_empty", "new_ones", "ones", "clone", "detach", "view"}
-        self.dropouts.append(Dropout(len(self.layers), set(self.since) <= arithmetic, module, line))
+        # The mask is made first: these operators change no feature.
+        behind_norm = set(self.since) <= {"empty_like", "empty", "new_empty", "new_ones", "ones", "clone", "detach", "view"}
+        self.dropouts.append(Dropout(len(self.layers), behind_norm, module, line))
 
 
 def is_library(file):
     """Return whether a file of a traceback belongs to PyTorch or to the grader, not to the student."""
     folders = Path(torch.__file__).parent, Path(__file__).parent
-    return any(Path(file).is_relative_to(folder) for folder in folders) or file.startswith("<frozen")
+    return any(Path(file).is_relative_to(folder) for folder in folders) or str(file).startswith("<frozen")
+
+
+def limit_size(tensor, args):
+    """Raise GraderLimit for a tensor that is too large, unless it is a view of the operator's input."""
+    size = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+    if size > FEATURE_LIMIT and not (isinstance(args[0], torch.Tensor) and args[0].data_ptr() == tensor.data_ptr()):
+        raise GraderLimit(f"a tensor of shape {tuple(tensor.shape)} needs {size / 1e6:,.0f} MB")
 
 
 @contextlib.contextmanager
@@ -222,7 +229,8 @@ def limit_weights():
         nonlocal total
         total += 0 if parameter is None or nn.parameter.is_lazy(parameter) else parameter.numel() * parameter.element_size()
         if total > WEIGHT_LIMIT:
-            raise GraderLimit(f"with this {type(module).__name__} the network has {total / 1e6:,.0f} MB of weights, expected 14 MB")
+            kind = type(module).__name__
+            raise GraderLimit(f"with this {kind} the network has {total / 1e6:,.0f} MB of weights, expected 14 MB")
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -394,7 +402,8 @@ class Submission:
         def hint(fault):
             if "TypeError" not in fault:
                 return ""
-            return f". The parameters are {self.signature}; expected num_classes=1000, width_mult=1.0, and defaults for all others."
+            wanted = "num_classes=1000, width_mult=1.0, and defaults for all others"
+            return f". The parameters are {self.signature}; expected {wanted}."
 
         with limit_weights():
             construct = functools.partial(self.network_class, *first, **named)
@@ -495,7 +504,8 @@ def explain_error(fault, layers):
         convolutions = [layer for layer in layers if not layer.linear]
         if len(convolutions) < 20:
             return (
-                f". {len(convolutions)} of 52 convolutions ran before the classifier: the blocks are missing. Table 2 has 17 blocks"
+                f". {len(convolutions)} of 52 convolutions ran before the classifier: the blocks are missing."
+                " Table 2 has 17 blocks"
                 " between stem and head."
             )
         if found == wanted * side * side and side > 1:
@@ -588,33 +598,39 @@ def reference(size):
 
 def load_submission(path):
     """Return the Submission of a student's file. Raises UsageError, which pytest prints in one line."""
+
+    def refuse(reason):
+        raise pytest.UsageError(f"--implementation {path}: {reason}")
+
     submission = Submission()
     modules = {name: sys.modules.pop(name) for name in [file.stem for file in ROOT.glob("*.py")] if name in sys.modules}
     sys.path.insert(0, str(path.resolve().parent))  # the file may import others beside it, even one called data.py
     try:
-        spec = importlib.util.spec_from_file_location("implementation", path)
+        spec = importlib.util.spec_from_file_location("implementation", path.resolve())
         module = sys.modules["implementation"] = importlib.util.module_from_spec(spec)
         with submission.contain():
             spec.loader.exec_module(module)
     except (Exception, SystemExit, GraderLimit) as error:  # a student's file may raise anything
-        lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        fault = f"{type(error).__name__}{''.join(lines[-1:])}: {' '.join(str(error).split())}"
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.resolve())]
+        kind = "the grader's limit" if isinstance(error, GraderLimit) else type(error).__name__
+        fault = f"{kind}{''.join(f', line {frame.lineno}' for frame in frames[-1:])}: {' '.join(str(error).split())}"
         fix = "give a Python file with a class MobileNetV2; put code that trains or prints under if __name__ == '__main__':"
         if isinstance(error, ModuleNotFoundError):
             fix = "remove the import, or put it under if __name__ == '__main__': if the network does not need it"
-        raise pytest.UsageError(f"--implementation {path}: {fault} ({fix})") from error
+        refuse(f"{fault} ({fix})")
     finally:
         sys.path.pop(0)
         sys.modules.update(modules)
     if not hasattr(module, "MobileNetV2"):
-        classes = [name for name, value in vars(module).items() if inspect.isclass(value) and value.__module__ == "implementation"]
+        classes = {name: value for name, value in vars(module).items() if inspect.isclass(value)}
+        classes = [name for name, value in classes.items() if value.__module__ == "implementation"]
         found = f"its classes are {', '.join(classes)}" if classes else "it has no class at all"
-        raise pytest.UsageError(f"--implementation {path}: no class MobileNetV2; {found} (rename the network's class to MobileNetV2)")
+        refuse(f"no class MobileNetV2; {found} (rename the network's class to MobileNetV2)")
     found = module.MobileNetV2
     if not inspect.isclass(found):
-        raise pytest.UsageError(f"--implementation {path}: MobileNetV2 is {found!r}, not a class (write class MobileNetV2(nn.Module))")
+        refuse(f"MobileNetV2 is {found!r}, not a class (write class MobileNetV2(nn.Module))")
     if any(base.__module__.startswith("torchvision") for base in found.__mro__):
-        raise pytest.UsageError(f"--implementation {path}: MobileNetV2 is torchvision's class or a subclass of it (write it yourself)")
+        refuse("MobileNetV2 is torchvision's class or a subclass of it (write it yourself)")
     submission.network_class = found
     return submission
 
