@@ -60,8 +60,8 @@ def explain_strides(layers):
     firsts = [(found.stride[0], e.name) for found, e in pairs if "block 1 " in e.name and "depthwise" in e.name]
     if [stride for stride, name in firsts if "c=64," in name or "c=96," in name] == [1, 2]:
         return (
-            "the row of 64 channels has stride 1 and the row of 96 has stride 2, expected 2 and 1. This is the typo of Table 2 in"
-            " the paper's first version (arXiv:1801.04381v1). It costs 416M multiply-adds instead of 300M."
+            "the row of 64 channels has stride 1 and the row of 96 has stride 2, expected 2 and 1. This is the typo of"
+            " Table 2 in the paper's first version (arXiv:1801.04381v1). It costs 416M multiply-adds instead of 300M."
         )
     faults, found_strides = [], []
     for found, expected in pairs:
@@ -72,14 +72,13 @@ def explain_strides(layers):
     if not faults:
         return None
     why = (
-        "The stride s of a row belongs to its first block, 'all others use stride 1' (Table 2), and in the block to the depthwise"
-        " convolution (Table 1). The stem has stride 2."
+        "The stride s of a row belongs to its first block, 'all others use stride 1' (Table 2), and in the block to the"
+        " depthwise convolution (Table 1). The stem has stride 2."
     )
     if set(found_strides) == {1}:
         why = (
-            "Fewer strides are the usual change for the 32 × 32 images of CIFAR. The paper's network takes 224 ×"
-            " 224 pixels and halves"
-            " them five times."
+            "Fewer strides are the usual change for the 32 × 32 images of CIFAR. The paper's network takes 224 × 224"
+            " pixels and halves them five times."
         )
     return f"these strides differ from Table 2: {'; '.join(faults)}. {why}"
 
@@ -110,14 +109,14 @@ def explain_layers(layers):
     shared = [layer for layer in layers if layer.shares_input]
     if any(size == 1 < max(sizes[index:]) for index, size in enumerate(sizes)):
         return (
-            f"{len(layers)} layers with weights; some of them work on averages, and feature maps follow. Squeeze-and-excitation"
-            " belongs to MobileNetV3."
+            f"{len(layers)} layers with weights; some of them work on averages, and feature maps follow."
+            " Squeeze-and-excitation belongs to MobileNetV3."
         )
     if shared:
         return (
-            f"two convolutions take the same {shared[0].in_channels} channels: a shortcut with a convolution."
-            " §3.3 and Figure 4d add"
-            " the input unchanged, and only where the stride is 1; where the channels differ, there is no shortcut."
+            f"two convolutions take the same {shared[0].in_channels} channels: a shortcut with a convolution. §3.3 and"
+            " Figure 4d add the input unchanged, and only where the stride is 1; where the channels differ, there is no"
+            " shortcut."
         )
     if linear > 1:
         return (
@@ -130,19 +129,17 @@ def explain_layers(layers):
         return "the head is missing: after the blocks, row 9 of Table 2 has a 1×1 convolution from 320 to 1280 channels."
     if len(layers) != len(expected):
         return (
-            f"{len(layers)} layers with weights, expected {len(expected)}: the stem, 2 of the first block, 3 of"
-            " each of 16 blocks,"
-            " the head and the classifier. n in Table 2 is the number of blocks in a row (1, 2, 3, 4, 3, 3, 1: 17 blocks);"
-            " one block per row gives 23 layers, 2.43M parameters and 146M multiply-adds."
+            f"{len(layers)} layers with weights, expected {len(expected)}: the stem, 2 of the first block, 3 of each of"
+            " 16 blocks, the head and the classifier. n in Table 2 is the number of blocks in a row (1, 2, 3, 4, 3, 3,"
+            " 1: 17 blocks); one block per row gives 23 layers, 2.43M parameters and 146M multiply-adds."
         )
     return None
 
 
 def explain_expansion(layers):
     return (
-        f"the first block begins with a 1×1 convolution to {layers[1].out_channels} channels. Its row in Table 2"
-        " has t = 1: nothing is"
-        f" expanded, so the block begins with the depthwise convolution. {CONVENTION}"
+        f"the first block begins with a 1×1 convolution to {layers[1].out_channels} channels. Its row in Table 2 has t ="
+        f" 1: nothing is expanded, so the block begins with the depthwise convolution. {CONVENTION}"
     )
 
 
@@ -189,8 +186,8 @@ def test_depthwise_convolutions_of_3_by_3(submission):
         )
         expect(
             found.groups == expected.groups,
-            f"{expected.name}: groups={found.groups}, expected groups={expected.groups}. A depthwise convolution (§3.1) has one"
-            " filter per channel, groups = channels; all other convolutions mix all channels, groups = 1.",
+            f"{expected.name}: groups={found.groups}, expected groups={expected.groups}. A depthwise convolution (§3.1)"
+            " has one filter per channel, groups = channels; all other convolutions mix all channels, groups = 1.",
         )
 
 
@@ -207,17 +204,16 @@ def test_sizes(submission):
     head, classifier = layers[-2:]
     expect(
         head.in_size == layers[-3].size,
-        "the head works on averages. Table 2 has first the 1×1 convolution to 1280 channels, then the 7×7"
-        " average; in the other order"
-        " the head's ReLU6 sees only averages.",
+        "the head works on averages. Table 2 has first the 1×1 convolution to 1280 channels, then the 7×7 average; in"
+        " the other order the head's ReLU6 sees only averages.",
     )
     expect(classifier.size == 1, "the classifier works on feature maps, expected on their average (Table 2: avgpool first).")
     for found, wanted in zip(layers, expected, strict=True):
         expect(
             found.size == wanted.size,
-            f"{wanted.name}: gives {found.size} × {found.size} pixels for an image of {record.size}, expected {wanted.size} ×"
-            f" {wanted.size} (Table 2, column input). A 3×3 convolution has padding=1 and a 1×1 none, so that only strides make"
-            " feature maps smaller.",
+            f"{wanted.name}: gives {found.size} × {found.size} pixels for an image of {record.size}, expected"
+            f" {wanted.size} × {wanted.size} (Table 2, column input). A 3×3 convolution has padding=1 and a 1×1 none, so"
+            " that only strides make feature maps smaller.",
         )
 
 
@@ -246,11 +242,9 @@ def test_pytorch_knows_all_weights(submission):
     strangers = [layer for layer in submission.record().layers if layer.weight.data_ptr() not in known]
     expect(
         not strangers,
-        f"the weights of {len(strangers)} of {len(submission.record().layers)} layers are not among"
-        " network.parameters(): no optimizer"
-        " trains them, and eval() does not reach them. PyTorch does not see layers in a Python list or dict, or"
-        " layers made in forward; make them in __init__ and use"
-        " nn.ModuleList, nn.Sequential or nn.ModuleDict.",
+        f"the weights of {len(strangers)} of {len(submission.record().layers)} layers are not among network.parameters():"
+        " no optimizer trains them, and eval() does not reach them. PyTorch does not see layers in a Python list or"
+        " dict, or layers made in forward; make them in __init__ and use nn.ModuleList, nn.Sequential or nn.ModuleDict.",
     )
 
 
@@ -259,9 +253,8 @@ def test_the_stem_takes_the_image_as_it_is(submission):
     found = submission.pairs()[0][0]
     expect(
         same(submission.record().images, found.taken),
-        "the image is changed in front of the first convolution. Normalisation by mean and std belongs to the"
-        " data: checkpoints and"
-        " other people's weights expect it outside the network.",
+        "the image is changed in front of the first convolution. Normalisation by mean and std belongs to the data:"
+        " checkpoints and other people's weights expect it outside the network.",
     )
 
 
@@ -277,8 +270,8 @@ def test_global_average_pooling_behind_the_head(submission):
     way = None if same(head.mean(dim=(2, 3)), pooled) else next((n for n, f in ways.items() if same(f(head), pooled)), None)
     expect(
         way is None,  # another activation is reported by its own test
-        f"of the {side} × {side} places in the head's feature maps the classifier takes {way}, expected their average (row 10 of"
-        " Table 2: avgpool).",
+        f"of the {side} × {side} places in the head's feature maps the classifier takes {way}, expected their average"
+        " (row 10 of Table 2: avgpool).",
     )
 
 
@@ -306,9 +299,9 @@ def test_batch_norm_behind_every_convolution(submission):
     for found, expected in pairs:
         expect(
             found.norm is not None and found.norm.weight is not None,
-            f"{expected.name}: nn.BatchNorm2d, with its scale and shift, does not follow"
-            f" directly.{folded}{unused} §6.1: 'We use batch"
-            f" normalization after every layer'. {CONVENTION.replace('This', 'Its place, before the activation,')}",
+            f"{expected.name}: nn.BatchNorm2d, with its scale and shift, does not follow directly.{folded}{unused} §6.1:"
+            " 'We use batch normalization after every layer'."
+            f" {CONVENTION.replace('This', 'Its place, before the activation,')}",
         )
     expect(not idle, f"'{idle[0] if idle else ''}' is built in __init__, but forward never calls it.")
     expect(
@@ -322,9 +315,8 @@ def test_convolutions_without_bias(submission):
     for found, expected in submission.pairs()[:-1]:
         expect(
             found.bias is None or found.norm is None,
-            f"{expected.name}: has a bias, expected bias=False. BatchNorm follows; it subtracts the mean, and"
-            " with it any bias, and adds"
-            f" its own shift. {CONVENTION}",
+            f"{expected.name}: has a bias, expected bias=False. BatchNorm follows; it subtracts the mean, and with it any"
+            f" bias, and adds its own shift. {CONVENTION}",
         )
 
 
@@ -360,8 +352,8 @@ def normalised_pairs(submission, training):
 def expect_relu6(name, expected, training):
     expect(
         name == "ReLU6",
-        f"{in_mode(training)}{expected.name}: is followed by {name}, expected ReLU6, min(max(x, 0), 6). §4: 'We use ReLU6 as the"
-        " non-linearity because of its robustness when used with low-precision computation'.",
+        f"{in_mode(training)}{expected.name}: is followed by {name}, expected ReLU6, min(max(x, 0), 6). §4: 'We use ReLU6"
+        " as the non-linearity because of its robustness when used with low-precision computation'.",
     )
 
 
@@ -432,10 +424,9 @@ def test_the_projection_is_linear(submission, training):
     for block, _, name, how in block_ends(normalised_pairs(submission, training)):
         expect(
             name in ("no activation", "something else") or how == "before",
-            f"{in_mode(training)}{block}, projection: is followed by {name}, expected no activation. §3.2: with"
-            " few channels, ReLU"
-            " destroys the information of the channels that it sets to zero, so the bottleneck is linear (Table 1, last line;"
-            " Figure 6a).",
+            f"{in_mode(training)}{block}, projection: is followed by {name}, expected no activation. §3.2: with few"
+            " channels, ReLU destroys the information of the channels that it sets to zero, so the bottleneck is linear"
+            " (Table 1, last line; Figure 6a).",
         )
 
 
@@ -459,8 +450,8 @@ def test_eval_mode_gives_each_image_its_logits(submission):
     record = submission.record()
     expect(
         not any(norm.uses_batch for norm in record.norms),
-        "in eval mode an image depends on the others in its batch: BatchNorm must use its running statistics there,"
-        " not those of the batch.",
+        "in eval mode an image depends on the others in its batch: BatchNorm must use its running statistics there, not"
+        " those of the batch.",
     )
     for dropout in record.dropouts:
         fix = "pass training=self.training to functional.dropout, or use nn.Dropout."
@@ -497,14 +488,15 @@ def test_training_gathers_statistics(submission):
     still = [name for name in record.buffers if name not in record.changed and name.rpartition(".")[0] not in idle]
     expect(
         not still,
-        f"'{still[0] if still else ''}' is the same after a batch in training mode: BatchNorm must update its running statistics"
-        " there (functional.batch_norm needs training=self.training, and your own train() must call super().train()).",
+        f"'{still[0] if still else ''}' is the same after a batch in training mode: BatchNorm must update its running"
+        " statistics there (functional.batch_norm needs training=self.training, and your own train() must call"
+        " super().train()).",
     )
     momenta = [layer.momentum or 0 for layer in submission.network.modules() if isinstance(layer, nn.BatchNorm2d)]
     expect(
         max(momenta, default=0) <= 0.5,
-        f"BatchNorm's momentum is {max(momenta, default=0)}: in PyTorch that is the weight of the new batch, in"
-        " Keras of the past.",
+        f"BatchNorm's momentum is {max(momenta, default=0)}: in PyTorch that is the weight of the new batch, in Keras of"
+        " the past.",
     )
 
 
@@ -535,9 +527,8 @@ def test_parameters_and_multiply_adds(submission):
     why = {-1_000: f"The classifier's bias is missing. {CONVENTION}", 17_056: "The 52 convolutions have biases."}
     expect(
         surplus == 0,
-        f"{parameters:,} parameters, expected 3,504,872 (with BatchNorm's; 3,470,760 without them; Table 4 says"
-        f" 3.4M): {surplus:+,}."
-        f" {why.get(surplus, more if surplus > 0 else fewer)}",
+        f"{parameters:,} parameters, expected 3,504,872 (with BatchNorm's; 3,470,760 without them; Table 4 says 3.4M):"
+        f" {surplus:+,}. {why.get(surplus, more if surplus > 0 else fewer)}",
     )
     macs = count_products(submission.record_structure(224).layers)
     expect(macs == 300_774_272, f"{macs:,} multiply-adds at 224 pixels, expected 300,774,272 (Table 4: 300M).")
@@ -593,8 +584,8 @@ def test_equal_weights_give_torchvisions_logits_and_gradients(submission, traini
     expect(
         difference < 0.01,
         f"{in_mode(training)}with torchvision's weights, layer by layer, the logits differ from torchvision's by"
-        f" {difference:.0%} of"
-        " their difference between two images. All layers are correct, so something between them is not.",
+        f" {difference:.0%} of their difference between two images. All layers are correct, so something between them is"
+        " not.",
     )
     image_gradient = torch.zeros_like(images) if images.grad is None else images.grad
     found = [("the image", image_gradient, -1), *((f"'{name}'", parameter.grad, layer) for name, parameter, layer in parameters)]
@@ -620,8 +611,8 @@ def explain_gradient(theirs, training, index, gradient, layer):
             if relative(gradient - cut.reshape(gradient.shape), cut) < 0.01:
                 return f"The gradient stops in the shortcut of {after}: .detach(), .data or no_grad cuts it; write x + ..."
     return (
-        f"Those of all later layers agree, so the gradient stops or changes in {after}, or directly in front of it: look for"
-        " .detach(), .data and no_grad."
+        f"Those of all later layers agree, so the gradient stops or changes in {after}, or directly in front of it: look"
+        " for .detach(), .data and no_grad."
     )
 
 
