@@ -31,7 +31,7 @@ def pytest_configure(config):
     path = config.getoption("--implementation")
     config.submission = load_submission(path) if path else Submission(MobileNetV2)
     config.score = Score(path) if path else None
-    if path:  # the score below says it all, and nothing may hide it
+    if path:  # nothing may hide the score
         config.option.tbstyle = "no" if config.option.tbstyle == "auto" else config.option.tbstyle
         config.option.reportchars, config.option.disable_warnings = "", True
 
