@@ -89,7 +89,7 @@ class Data:
     @property
     def in_memory(self):
         """True for images in memory, False for photos on disk."""
-        return isinstance(self.splits["train"][0], torch.Tensor)
+        return all(isinstance(images, torch.Tensor) for images, _ in self.splits.values())
 
     def batches(self, split, augmented=False, indices=None):
         """Return a DataLoader of (images float (N, 3, S, S), labels (N,)).
