@@ -25,10 +25,10 @@ import train
 from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
-DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 5, "batch_size": 64}
+DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 0, "batch_size": 64}
 DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "train_batch_norm": None}
 # The dataset decides. ImageNet fits other photos: change little. Letters taught less: train all.
-PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 10}
+PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 8}
 SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17}
 SMALL_IMAGES |= {"train_batch_norm": True}
 HEAD_RATE = 0.5  # learning rate of the head, relative to that of the classifier
