@@ -44,8 +44,8 @@ def draw_letters():
     dataset = data.load_data("glyphs", {"image_size": 64})
     images, labels = dataset.splits["train"]
     classes = torch.randperm(len(dataset.classes))[: SIDE**2]
-    fonts = [torch.nonzero(labels == label).flatten() for label in classes]  # one image per font
-    chosen = [of_class[torch.randint(len(of_class), ())] for of_class in fonts]
+    fonts = [(labels == label).nonzero().flatten() for label in classes]  # indices of its images
+    chosen = [indices[torch.randint(len(indices), ())] for indices in fonts]
     return data.distort(images[torch.stack(chosen)], 64)[:, 0] / 255
 
 
