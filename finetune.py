@@ -113,17 +113,6 @@ def divide(model, count):
     cut = len(model.blocks) - count + 1 if count < len(model.blocks) else 0
     return nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:])
 
-def show_progress(batches, title):
-    """Yield the batches of a DataLoader. Prints a line every 15 seconds."""
-    begun = shown = time.monotonic()
-    images = 0
-    for number, (inputs, labels) in enumerate(batches, start=1):
-        yield inputs, labels
-        images, now = images + len(labels), time.monotonic()
-        if now - shown > 15:
-            shown, rate = now, images / (now - begun)
-            print(f"{title}  {number} of {len(batches)} batches, {rate:.0f} images/s", flush=True)
-
 def layer_groups(tuned, classifier, args):
     """Make optimizer groups whose learning rate never rises from the classifier to the input.
 
@@ -151,6 +140,17 @@ def cache_features(backbone, dataset):
     order = RandomSampler(cached[0], num_samples=count)
     order = BatchSampler(order, size, drop_last=count >= size)  # a batch at once, not an image
     return DataLoader(cached[0], batch_size=None, sampler=order), DataLoader(cached[1], size)
+
+def show_progress(batches, title):
+    """Yield the batches of a DataLoader. Prints a line every 15 seconds."""
+    begun = shown = time.monotonic()
+    images = 0
+    for number, (inputs, labels) in enumerate(batches, start=1):
+        yield inputs, labels
+        images, now = images + len(labels), time.monotonic()
+        if now - shown > 15:
+            shown, rate = now, images / (now - begun)
+            print(f"{title}  {number} of {len(batches)} batches, {rate:.0f} images/s", flush=True)
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)
