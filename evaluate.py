@@ -222,8 +222,7 @@ def write_predictions(path, names, labels, logits, classes):
 def load_test(args):
     """Load the network of --checkpoint, and the dataset of --data as the network expects it.
 
-    Returns (model, checkpoint, dataset, split): "test", or "val" if there is no test split.
-    Raises DataError if their classes differ.
+    Returns (model, checkpoint, dataset, "test" or "val"). Raises DataError if the classes differ.
     """
     model, checkpoint = load_checkpoint(args.checkpoint)
     dataset = data.load_for(args, checkpoint["preprocessing"])
