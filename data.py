@@ -96,7 +96,7 @@ class Data:
     @property
     def in_memory(self):
         """True for images in memory, False for photos on disk."""
-        return isinstance(self.splits["train"][0], torch.Tensor)
+        return all(isinstance(images, torch.Tensor) for images, _ in self.splits.values())
 
     def batches(self, split, augmented=False, indices=None):
         """Return a DataLoader of (images float (N, 3, S, S), labels (N,)).
@@ -513,7 +513,7 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "label_smoothing": (float, (0, 1), "share of the target for all classes (cross-entropy only)"),
     "amp": (str, ["off", "bfloat16"], "mixed-precision type for the forward pass"),
     "per_class": (int, (1, 10**6), "training images per class", "all"),
-    "unfreeze": (int, (0, 17), "last blocks to train; 17 includes the stem", "photos 10, else 17"),
+    "unfreeze": (int, (0, 17), "last blocks to train; 17 includes the stem", "photos 8, else 17"),
     "train_batch_norm": (bool, None, "update BatchNorm's statistics", "no for photos, else yes"),
     "resume": (bool, None, "continue the run in --out with its settings, or start it"),
     "overwrite": (bool, None, "replace the run in --out"),

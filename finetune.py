@@ -25,10 +25,10 @@ import train
 from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
-DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 5, "batch_size": 64}
+DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 0, "batch_size": 64}
 DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "train_batch_norm": None}
 # The dataset decides. ImageNet fits other photos: change little. Letters taught less: train all.
-PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 10}
+PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 8}
 SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17}
 SMALL_IMAGES |= {"train_batch_norm": True}
 HEAD_RATE = 0.5  # learning rate of the head, relative to that of the classifier
@@ -112,17 +112,6 @@ def divide(model, count):
     cut = len(model.blocks) - count + 1 if count < len(model.blocks) else 0
     return nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:])
 
-def show_progress(batches, title):
-    """Yield the batches of a DataLoader. Prints a line every 15 seconds."""
-    begun = shown = time.monotonic()
-    images = 0
-    for number, (inputs, labels) in enumerate(batches, start=1):
-        yield inputs, labels
-        images, now = images + len(labels), time.monotonic()
-        if now - shown > 15:
-            shown, rate = now, images / (now - begun)
-            print(f"{title}  {number} of {len(batches)} batches, {rate:.0f} images/s", flush=True)
-
 def layer_groups(tuned, classifier, args):
     """Make optimizer groups whose learning rate never rises from the classifier to the input.
 
@@ -150,6 +139,17 @@ def cache_features(backbone, dataset):
     order = RandomSampler(cached[0], num_samples=count)
     order = BatchSampler(order, size, drop_last=count >= size)  # a batch at once, not an image
     return DataLoader(cached[0], batch_size=None, sampler=order), DataLoader(cached[1], size)
+
+def show_progress(batches, title):
+    """Yield the batches of a DataLoader. Prints a line every 15 seconds."""
+    begun = shown = time.monotonic()
+    images = 0
+    for number, (inputs, labels) in enumerate(batches, start=1):
+        yield inputs, labels
+        images, now = images + len(labels), time.monotonic()
+        if now - shown > 15:
+            shown, rate = now, images / (now - begun)
+            print(f"{title}  {number} of {len(batches)} batches, {rate:.0f} images/s", flush=True)
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

@@ -118,7 +118,7 @@ def measure(change, args, seed):
 
 def plot(curves, accuracies, args):
     """Draw validation accuracy per epoch, one line per variant; bars show the std over seeds."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
     axes = figure.subplots()
     for index, (name, (_, colour)) in enumerate(VARIANTS.items()):
         columns = [[100 * value for value in column] for column in zip(*curves[name])]  # per epoch

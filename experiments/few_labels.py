@@ -67,19 +67,24 @@ def measure(command, args, budget, seed):
     return final_accuracy(model, dataset), seconds
 
 
-def plot(results, budgets, args):
+def draw_lines(axes, results, budgets):
     """Draw accuracy over the number of labels, one line per way; bars show the std over seeds."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
     positions = range(len(budgets))
     for (way, colour), shift in zip(COLOURS.items(), (-0.06, -0.02, 0.02, 0.06)):
         means, stds = zip(*[results[way, budget] for budget in budgets])
         places = [position + shift for position in positions]
         axes.errorbar(places, means, stds, fmt=".-", color=colour, capsize=3, label=way)
     axes.set_xticks(positions, ["all" if budget is None else str(budget) for budget in budgets])
-    title = f"{args.data}: mean and std over {args.seeds} seeds"
-    axes.set(xlabel="labels per class", ylabel="accuracy (%)", title=title)
+    axes.set(xlabel="labels per class", ylabel="accuracy (%)")
     axes.grid(alpha=0.3)
+
+
+def plot(results, budgets, args):
+    """Draw the lines as a picture of their own."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    draw_lines(axes, results, budgets)
+    axes.set_title(f"{args.data}: mean and std over {args.seeds} seeds")
     axes.legend()
     figure.savefig(args.out / "few_labels.png", dpi=120)
 

@@ -1,11 +1,8 @@
-"""What every test shares: the project on the path, a fixed number of threads, no network, and the network that is graded."""
+"""What all tests share: the project on the path, one thread, no network, and the options of the grader."""
 
 import functools
-import importlib.util
-import inspect
 import os
 import sys
-import traceback
 import urllib.request
 from pathlib import Path
 
@@ -21,52 +18,59 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import train  # noqa: E402
+from grader import Score, Submission, load_submission  # noqa: E402
 from mobilenetv2 import CheckpointError, MobileNetV2  # noqa: E402
 
 
-def load_class(path):
-    """The class MobileNetV2 of somebody's file. Raises UsageError, which pytest tells in one line."""
-    modules = {name: sys.modules.pop(name) for name in [file.stem for file in ROOT.glob("*.py")] if name in sys.modules}
-    sys.path.insert(0, str(path.resolve().parent))  # what it imports lies beside it, even if it is called data.py
-    try:
-        spec = importlib.util.spec_from_file_location("implementation", path)
-        module = sys.modules["implementation"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found = module.MobileNetV2
-    except (Exception, SystemExit) as error:  # a student's file may raise anything
-        lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        fault = f"{type(error).__name__}{''.join(lines[-1:])}: {' '.join(str(error).split())}"
-        mend = "a Python file is wanted, with a class MobileNetV2, and what it runs under if __name__ == '__main__':"
-        raise pytest.UsageError(f"--implementation {path}: {fault} ({mend})") from error
-    finally:
-        sys.path.pop(0)
-        sys.modules.update(modules)
-    if not inspect.isclass(found) or found.__module__.startswith("torchvision"):
-        raise pytest.UsageError(f"--implementation {path}: MobileNetV2 is {found!r}, and not a class of its own")
-    return found
-
-
 def pytest_addoption(parser):
-    text = "a Python file whose class MobileNetV2 is graded, instead of this project's; only the tests that grade are run"
+    text = "grade the class MobileNetV2 of this Python file instead of the project's; no other tests run"
     parser.addoption("--implementation", type=Path, metavar="FILE", help=text)
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "criterion(name): the criterion of grader.CRITERIA that a test belongs to")
     path = config.getoption("--implementation")
-    config.graded = load_class(path) if path else MobileNetV2
+    config.submission = load_submission(path) if path else Submission(MobileNetV2)
+    config.score = Score(path) if path else None
+    if path:  # nothing may hide the score
+        config.option.tbstyle = "no" if config.option.tbstyle == "auto" else config.option.tbstyle
+        config.option.reportchars, config.option.disable_warnings = "", True
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--implementation"):
-        others = [item for item in items if "network_class" not in item.fixturenames]
+    if config.score:
+        others = [item for item in items if not item.get_closest_marker("criterion")]
         items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)
 
 
-@pytest.fixture
-def network_class(request):
-    """The class that test_mobilenetv2.py grades."""
-    return request.config.graded
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    marker = item.get_closest_marker("criterion")
+    if item.config.score and marker and (report.when == "call" or report.outcome != "passed"):
+        message = str(call.excinfo.value) if call.excinfo else ""
+        if report.failed and not call.excinfo.errisinstance(pytest.fail.Exception):
+            message = f"the grader stopped with {call.excinfo.typename}: {message} (--tb=long shows where)"
+        item.config.score.add(marker.args[0], report.outcome, message)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.score:
+        terminalreporter.section(f"MobileNetV2 of {config.score.file}")
+        for line in config.score.lines():
+            terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.score and exitstatus == 0 and not session.config.score.complete:
+        session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def submission(request):
+    """The network that test_mobilenetv2.py grades."""
+    return request.config.submission
 
 
 @pytest.fixture(autouse=True)

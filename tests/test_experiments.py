@@ -16,11 +16,12 @@ from test_data import write_image
 
 import finetune
 import train
-from mobilenetv2 import MobileNetV2, load_checkpoint
+from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint
 
 sys.path.insert(0, str(ROOT / "experiments"))
-few_labels, resnet18, ablation, benchmark = (
-    importlib.import_module(name) for name in ("few_labels", "resnet18", "ablation", "benchmark")
+few_labels, resnet18, ablation, benchmark, hero, samples = (
+    importlib.import_module(name)
+    for name in ("few_labels", "resnet18", "ablation", "benchmark", "hero", "samples")
 )
 
 
@@ -48,6 +49,36 @@ def test_few_labels_runs_four_ways_with_valid_options(trained, tmp_path, call, m
     numbers = {"labels per class": "50", "accuracy": "2.50", "std": "0.71", "seconds": "1"}
     assert rows[1] == {"way": "from scratch"} | numbers
     assert (tmp_path / "few_labels.png").exists()
+    results, budgets = hero.read_results(tmp_path / "few_labels.csv")
+    assert budgets == [10, 50, None] and list(results) == list(itertools.product(ways, budgets))
+    assert results["from scratch", 50] == (2.5, 0.71)
+    options = ("--csv", tmp_path / "few_labels.csv", "--out", tmp_path / "hero.png")
+    assert call(hero, *options)[0] == 0 and (tmp_path / "hero.png").exists()
+
+
+def test_hero_says_which_script_measures_its_lines(tmp_path, call):
+    code, _, error = call(hero, "--csv", tmp_path / "nothing.csv")
+    assert code == 2 and error.endswith("run experiments/few_labels.py first\n")
+    assert error.startswith(f"hero.py: '{tmp_path / 'nothing.csv'}' cannot be used")
+
+
+def test_samples_begin_with_the_most_confident_mistakes():
+    labels = torch.zeros(40, dtype=torch.long)
+    logits = torch.zeros(40, 2)
+    logits[:, 0] = torch.linspace(1, 2, 40)
+    for index, confidence in ((7, 3.0), (3, 5.0), (9, 4.0)):
+        logits[index, 1] = confidence
+    indices = samples.choose(logits, labels).tolist()
+    assert indices[:3] == [3, 9, 7] and len(set(indices)) == len(indices) == 12
+
+
+def test_samples_are_drawn_for_digits_only(trained, tmp_path, call, few_digits, monkeypatch):
+    monkeypatch.setattr(samples, "ROWS", 1)
+    options = ("--checkpoint", trained / "best.pt", "--out", tmp_path / "digits.png")
+    assert call(samples, *options)[0] == 0 and (tmp_path / "digits.png").exists()
+    save_checkpoint(tmp_path / "cats.pt", MobileNetV2(2, 0.35), ["cat", "dog"], {"image_size": 16})
+    code, _, error = call(samples, "--checkpoint", tmp_path / "cats.pt", "--out", tmp_path)
+    assert code == 2 and error.endswith("has other classes: use a network for digits\n")
 
 
 def test_few_labels_measures_the_best_epoch_of_a_command(trained, tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_small_images_train_all_layers_and_photos_the_last_blocks(
     start, photos, tmp_path, call, untrained
 ):
     small = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17, "train_batch_norm": True}
-    large = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 10, "train_batch_norm": None}
+    large = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 8, "train_batch_norm": None}
     for source, expected in (("digits", small), (photos, large)):
         options = ("--data", source, "--image-size", 16, "--classifier-epochs", 1, "--patience", 1)
         folder = tmp_path / f"run-{expected['unfreeze']}"

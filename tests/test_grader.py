@@ -1,22 +1,27 @@
-"""Typical wrong networks, as patches of the right one: test_mobilenetv2.py must fail each, and say what is wrong with it."""
+"""Typical wrong networks, as patches of the correct one: the grader must fail each with a message that names its fault."""
 
+import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import grader
 import pytest
 import test_mobilenetv2
 import torch
 import torchvision
-from conftest import ROOT, load_class
+from conftest import ROOT
+from grader import CRITERIA, TABLE_2, Score, Submission, load_submission
 from torch import nn
 from torch.nn import functional
 
 SOURCE = (ROOT / "mobilenetv2.py").read_text(encoding="utf-8")
 TESTS = [test for name, test in vars(test_mobilenetv2).items() if name.startswith("test_")]
-GRADING = [test for test in TESTS if "network_class" in inspect.signature(test).parameters]
+GRADING = [test for test in TESTS if "submission" in inspect.signature(test).parameters]
 
 # Places in mobilenetv2.py that several patches change.
 STRIDE_64, STRIDE_96 = ("(6, 64, 4, 2)", "(6, 64, 4, 1)"), ("(6, 96, 3, 1)", "(6, 96, 3, 2)")
@@ -31,10 +36,13 @@ PROJECT = "self.project = convolution(wide, out_channels, 1, activation=False)"
 HEAD = "self.head = convolution(channels, head_channels, 1)"
 REPEAT = "stride = row_stride if repeat == 0 else 1"
 
-# what is wrong: (what the message says, (old text, new text), ...)
+# fault: (pattern of the message, (old text, new text), ...)
 WRONG = {
     "the typo of Table 2 in the paper's first version": ("typo of Table 2", STRIDE_64, STRIDE_96),
-    "one block a row": ("says how often a row is repeated", ("for repeat in range(repeats)", "for repeat in range(1)")),
+    "one block per row": (
+        "n in Table 2 is the number of blocks in a row",
+        ("for repeat in range(repeats)", "for repeat in range(1)"),
+    ),
     "a block too many": ("56 layers with weights, expected 53", ("(6, 64, 4, 2)", "(6, 64, 5, 2)")),
     "three fully connected layers": (
         "3 linear layers, expected one",
@@ -42,7 +50,7 @@ WRONG = {
     ),
     "no head": ("the head is missing: after the blocks, row 9", (HEAD, "self.head, head_channels = nn.Identity(), channels")),
     "expansion on the first block": (
-        "the first block begins with a 1×1 convolution to 32",
+        "the first block begins with a 1×1 convolution to 32 .*convention",
         (EXPAND, "convolution(in_channels, wide, 1)"),
     ),
     "expansion of 6 on the first block": (
@@ -59,13 +67,13 @@ WRONG = {
         ("x = self.head(x)", "x = self.head(x.mean(dim=(2, 3), keepdim=True))"),
     ),
     "maximum for average": (
-        "of the 7 × 7 places the classifier takes the maximum, expected their average",
+        "of the 2 × 2 places in the head's feature maps the classifier takes the maximum, expected their average",
         (POOLING, "return x.amax(dim=(2, 3))"),
     ),
     "flattened for averaged": (
-        "from 5120 to 1000",
+        "from 62720 to 1000 channels.* 62720 = 1280 · 7 · 7: the average pooling",
         (POOLING, "return x.flatten(1)"),
-        (CLASSIFIER, CLASSIFIER.replace("head_channels", "5120")),
+        (CLASSIFIER, CLASSIFIER.replace("head_channels", "62720")),
     ),
     "expansion counted from the output": (
         "expansion: from 16 to 144",
@@ -73,7 +81,7 @@ WRONG = {
     ),
     "another c": ("from 144 to 40 channels, expected from 144 to 32", ("(6, 32, 3, 2)", "(6, 40, 3, 2)")),
     "dense for depthwise": ("groups=1, expected groups=32", (", groups=wide)", ")")),
-    "5 × 5 filters": ("a kernel of 5 × 5", (DEPTHWISE, DEPTHWISE.replace("3,", "5,"))),
+    "5 × 5 filters": ("a kernel of 5 × 5, expected 3 × 3", (DEPTHWISE, DEPTHWISE.replace("3,", "5,"))),
     "stride in the expansion": (
         "expansion: stride 2, expected 1",
         (EXPAND, "nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1, stride)"),
@@ -93,22 +101,25 @@ WRONG = {
         (REPEAT, REPEAT.replace("0", "repeats - 1")),
     ),
     "a stem without stride": (
-        "row 1 .* stride 1, expected 2",
+        "row 1 .the stem.*: stride 1, expected 2",
         ("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)"),
     ),
     "no padding": (r"student.py, line \d+ .*: RuntimeError: .*padding=1", ("kernel_size // 2", "0")),
     "padding of 1 everywhere": (r"student.py, line \d+ .*: RuntimeError: .*padding=1", ("kernel_size // 2", "1")),
     "no padding in the stem": (
-        "row 1 .*: gives 31 × 31 pixels of an image of 64, expected 32 × 32",
+        "row 1 .*: gives 31 × 31 pixels for an image of 64, expected 32 × 32",
         ("kernel_size // 2", "kernel_size // 2 * (in_channels > 3)"),
     ),
-    "bias left on": ("has a bias, expected bias=False", ("bias=False", "bias=True")),
-    "no BatchNorm": ("row 1 .* nn.BatchNorm2d, .* does not follow at once", (NORM, "layers.norm = nn.Identity()")),
+    "bias left on": ("has a bias, expected bias=False. .*convention", ("bias=False", "bias=True")),
+    "no BatchNorm": ("row 1 .* nn.BatchNorm2d, .* does not follow directly", (NORM, "layers.norm = nn.Identity()")),
     "BatchNorm after the activation": (
-        "row 1 .* nn.BatchNorm2d, .* does not follow at once",
+        "row 1 .* nn.BatchNorm2d, .* does not follow directly",
         ("return layers", "return nn.Sequential(*layers[::2], *layers[1:2])"),
     ),
-    "group normalisation": ("row 1 .* nn.BatchNorm2d, .* does not follow at once", (NORM, "layers.norm = nn.GroupNorm(8, out_channels)")),
+    "group normalisation": (
+        "row 1 .* nn.BatchNorm2d, .* does not follow directly",
+        (NORM, "layers.norm = nn.GroupNorm(8, out_channels)"),
+    ),
     "ReLU6 after the projection": ("projection: is followed by ReLU6, expected no activation", (", activation=False)", ")")),
     "ReLU for ReLU6": ("is followed by ReLU, expected ReLU6", ("nn.ReLU6(", "nn.ReLU(")),
     "SiLU for ReLU6": (r"is followed by SiLU \(Swish\), expected ReLU6", ("nn.ReLU6(", "nn.SiLU(")),
@@ -127,11 +138,17 @@ WRONG = {
         (SHORTCUT, "return nn.functional.relu6(x + out) if self.use_residual else out"),
     ),
     "a product for the sum": (
-        "gives neither its projection nor the sum of that and its input",
+        "gives neither its projection nor the sum of projection and input",
         (SHORTCUT, SHORTCUT.replace("x + out", "x * out")),
     ),
-    "softmax at the end": ("is followed by softmax, expected nothing", (FORWARD, FORWARD + ".softmax(dim=1)")),
-    "dropout in eval": ("Dropout must rest there", ("x = self.dropout(x)", "x = nn.functional.dropout(x, 0.2)")),
+    "softmax at the end": (
+        "is followed by softmax, expected nothing: .*the gradients nearly vanish",
+        (FORWARD, FORWARD + ".softmax(dim=1)"),
+    ),
+    "dropout in eval": (
+        r"active in eval mode \(student.py, line \d+\).*training=self.training",
+        ("x = self.dropout(x)", "x = nn.functional.dropout(x, 0.2)"),
+    ),
     "BatchNorm that looks at the batch in eval": (
         "not those of the batch",
         (NORM, NORM.replace(")", ", track_running_stats=False)")),
@@ -144,7 +161,7 @@ WRONG = {
         ),
     ),
     "layers in a Python list": (
-        "1 layers ran whose weights are not among network.parameters",
+        "the weights of 1 of 53 layers are not among network.parameters",
         (HEAD, "self.list = [convolution(channels, head_channels, 1)]"),
         ("x = self.head(x)", "x = self.list[0](x)"),
     ),
@@ -154,21 +171,21 @@ WRONG = {
         r"num_classes=7 gives \(2, 1000\)",
         (CLASSIFIER, CLASSIFIER.replace("num_classes", "1000")),
     ),
-    "a tuple": ("forward returns tuple, expected one tensor", (FORWARD, FORWARD + ", x")),
-    "nothing returned": ("forward returns NoneType", (FORWARD, FORWARD.replace("return ", ""))),
+    "a tuple": ("forward returns tuple, .*return the logits alone", (FORWARD, FORWARD + ", x")),
+    "nothing returned": ("forward returns NoneType, .*is a return missing", (FORWARD, FORWARD.replace("return ", ""))),
     "not a number": ("some logits are NaN", (FORWARD, FORWARD + " * float('nan')")),
     "an image that is normalised inside": ("the image is changed in front", ("x = self.stem(x)", "x = self.stem(x / 255)")),
     "a pooling behind the stem": (
-        "row 2 .*: gives 16 × 16 pixels of an image of 64, expected 32",
+        "row 2 .*: gives 16 × 16 pixels for an image of 64, expected 32",
         ("x = self.stem(x)", "x = nn.functional.max_pool2d(self.stem(x), 2)"),
     ),
     "the classifier before the average": (
-        "the classifier works on maps",
+        "the classifier works on feature maps",
         (POOLING, "return x"),
         (CLASSIFIER, "self.classifier = nn.Conv2d(head_channels, num_classes, 1)"),
         (FORWARD, FORWARD + ".mean(dim=(2, 3))"),
     ),
-    "sum for average": ("of the 7 × 7 places the classifier takes the sum", (POOLING, "return x.sum(dim=(2, 3))")),
+    "sum for average": ("the classifier takes the sum", (POOLING, "return x.sum(dim=(2, 3))")),
     "a shortcut wherever the stride is 1": (
         "a shortcut is only where the channels agree",
         ("self.use_residual = stride == 1 and in_channels == out_channels", "self.use_residual = stride == 1"),
@@ -188,7 +205,7 @@ WRONG = {
     "BatchNorm that never learns": ("is the same after a batch in training mode", (NORM, NORM.replace(")", ", momentum=0.0)"))),
     "the momentum of Keras": ("BatchNorm's momentum is 0.99", (NORM, NORM.replace(")", ", momentum=0.99)"))),
     "a classifier without bias": (
-        "so -1,000. .*the classifier's bias",
+        "-1,000. The classifier's bias is missing. .*convention",
         (CLASSIFIER, CLASSIFIER.replace("classes)", "classes, bias=False)")),
         (
             "nn.init.normal_(module.weight, std=0.01)\n        nn.init.zeros_(module.bias)",
@@ -196,7 +213,7 @@ WRONG = {
         ),
     ),
     "squeeze-and-excitation": (
-        "squeeze-and-excitation is MobileNetV3's",
+        "Squeeze-and-excitation belongs to MobileNetV3",
         (PROJECT, PROJECT + "\n        self.gate = nn.Conv2d(wide, wide, 1)"),
         (
             "out = self.depthwise(out)",
@@ -214,54 +231,159 @@ WRONG = {
         ("make_divisible(STEM_CHANNELS * width_mult)", "int(STEM_CHANNELS * width_mult)"),
     ),
     "channels below 90%": ("width_mult=.* but not below 90%", ("if rounded >= 0.9 * value else rounded + divisor", "")),
-    "a narrow head": ("below 1.0 the head keeps its 1280", ("max(1.0, width_mult)", "width_mult")),
+    "a narrow head": ("below 1.0 the head keeps 1280", ("max(1.0, width_mult)", "width_mult")),
     "a head that never grows": (
         "width_mult=1.4, .*: from 448 to 1280 channels",
         ("make_divisible(HEAD_CHANNELS * max(1.0, width_mult))", "HEAD_CHANNELS"),
     ),
     "a difference for the sum": (
-        "gives neither its projection nor the sum of that and its input",
+        "gives neither its projection nor the sum of projection and input",
         (SHORTCUT, SHORTCUT.replace("x + out", "out - x")),
     ),
     "half of the sum": (
-        "gives neither its projection nor the sum of that and its input",
+        "gives neither its projection nor the sum of projection and input",
         (SHORTCUT, SHORTCUT.replace("x + out", "torch.add(x, out, alpha=0.5)")),
+    ),
+    "a shortcut without gradient": (
+        "gradient stops in the shortcut of row 7 .* block 3 of 3: .detach",
+        (SHORTCUT, SHORTCUT.replace("x + out", "x.detach() + out")),
+    ),
+    "a detached image": (
+        "the gradient of the image differs .* by 100%.* in row 1 of Table 2 .the stem, conv2d 3×3., or directly in front of it",
+        ("x = self.stem(x)", "x = self.stem(x.detach())"),
+    ),
+    "half of the gradient": (
+        "the gradient of 'blocks.16.project.norm.bias' differs .* by 50%. Those of all later layers agree",
+        ("x = self.blocks(x)", "x = self.blocks(x) / 2\n        x = x + x.detach()"),
+    ),
+    "strides and pooling for CIFAR": (
+        "row 1 .*: stride 1, expected 2; row 3, block 1 of 2, depthwise convolution: stride 1, expected 2. .* CIFAR",
+        ("strides = [2] +", "strides = [1] +"),
+        ("(6, 24, 2, 2)", "(6, 24, 2, 1)"),
+        (POOLING, "return nn.functional.avg_pool2d(x, 4).flatten(1)"),
+    ),
+    "no global pooling": (
+        r"student.py, line \d+ .* 62720 = 1280 · 7 · 7: the pooling in front of the classifier is not global",
+        (POOLING, "return x.flatten(1)"),
+    ),
+    "a pooling of 7 × 7 for an image of 64": (
+        "5120 = 1280 · 2 · 2: the average pooling",
+        (POOLING, "return x.flatten(1)"),
+        (CLASSIFIER, CLASSIFIER.replace("head_channels", "5120")),
+    ),
+    "no blocks": (
+        "1 of 52 convolutions ran before the classifier: the blocks are missing",
+        ("x = self.blocks(x)", ""),
+        ("x = self.head(x)", ""),
+    ),
+    "more memory than the grader allows": (
+        r"student.py, line .*grader's limit .*: with this Linear the network has 1,0\d\d MB of weights",
+        (CLASSIFIER, "self.classifier = nn.Sequential(nn.Linear(62720, 4096), nn.Linear(4096, num_classes))"),
+        (POOLING, "return x.flatten(1)"),
+    ),
+    "BatchNorm that is never called": (
+        "'blocks.0.norm' is built in __init__, but forward never calls it",
+        (PROJECT, PROJECT + "\n        self.norm = nn.BatchNorm2d(out_channels)"),
+    ),
+    "BatchNorm built, but missing after the projection": (
+        "projection: nn.BatchNorm2d, .* does not follow directly. 'blocks.0.norm' is built in __init__",
+        (PROJECT, "self.project, self.norm = nn.Conv2d(wide, out_channels, 1), nn.BatchNorm2d(out_channels)"),
+    ),
+    "BatchNorm folded into the convolutions": (
+        "row 1 .* does not follow directly. No BatchNorm runs .*is BatchNorm folded into them",
+        (NORM, "layers.norm = nn.Identity()"),
+        ("bias=False", "bias=True"),
+    ),
+    "nn.Dropout made in forward": (
+        r"active in eval mode \(student.py, line \d+\).*made inside forward",
+        ("x = self.dropout(x)", "x = nn.Dropout(0.2)(x)"),
+    ),
+    "dropout between BatchNorm and activation": (
+        "dropout is between BatchNorm and activation of row 1 .*, expected only in front of the classifier",
+        (NORM, NORM + "\n    layers.dropout = nn.Dropout(0.1)"),
+    ),
+    "dropout behind the projection": (
+        "dropout is behind the BatchNorm of row 2 .* projection",
+        (SHORTCUT, "out = nn.functional.dropout(out, 0.1, self.training)\n        " + SHORTCUT),
+    ),
+    "log-softmax at the end": (
+        "is followed by log-softmax, .*it is redundant.*the gradients are the same",
+        (FORWARD, FORWARD + ".log_softmax(dim=1)"),
+    ),
+    "ReLU6 after the pooling": (
+        "row 9 .*: ReLU6 follows the pooling, expected ReLU6 directly behind",
+        (HEAD, HEAD.replace("1)", "1, activation=False)")),
+        (POOLING, "return nn.functional.relu6(x.mean(dim=(2, 3)))"),
+    ),
+    "channels rounded to whole numbers": (
+        "width_mult=0.35, row 1 .*: from 3 to 11 channels, expected from 3 to 16: .* multiple of 8",
+        ("rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)", "return round(value)"),
+    ),
+    "a width that does not fit": (
+        "width_mult=0.35, forward fails for images of 64 × 64 pixels: student.py, line",
+        ("self.head = convolution(channels, head_channels, 1)", "self.head = convolution(320, head_channels, 1)"),
+    ),
+    "torchvision's network inside": (
+        "uses torchvision's MobileNetV2; write all parts yourself",
+        ("self.apply(initialise)", "import torchvision\n        self.network = torchvision.models.MobileNetV2(num_classes)"),
     ),
 }
 
 
 def load(source):
-    """The class MobileNetV2 of a Python file's text."""
+    """Return the submission of a Python file's text."""
     module = types.ModuleType("student")
     exec(compile(source, "student.py", "exec"), vars(module))
-    return module.MobileNetV2
+    return Submission(module.MobileNetV2)
 
 
-def grade(network_class):
-    """Message of the first test that fails, or None."""
+def runs():
+    """Return (test, arguments) for each test that grades, in order."""
     for test in GRADING:
-        marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+        marks = [mark for mark in test.pytestmark if mark.name == "parametrize"]
         for value in marks[0].args[1] if marks else [None]:
-            try:
-                test(network_class, **({marks[0].args[0]: value} if marks else {}))
-            except pytest.fail.Exception as failure:
-                return str(failure)
-            except pytest.skip.Exception:
-                return f"nothing failed before {test.__name__} was skipped"
+            yield test, {marks[0].args[0]: value} if marks else {}
+
+
+def grade(submission):
+    """Return the message of the first test that fails, or None."""
+    for test, arguments in runs():
+        try:
+            test(submission, **arguments)
+        except pytest.fail.Exception as failure:
+            return str(failure)
+        except pytest.skip.Exception as skip:
+            return f"nothing failed before {test.__name__} was skipped: {skip}"
     return None
+
+
+def score(submission):
+    """Run all tests that grade, and return their Score."""
+    found = Score("student.py")
+    for test, arguments in runs():
+        outcome, message = "passed", ""
+        try:
+            test(submission, **arguments)
+        except pytest.fail.Exception as failure:
+            outcome, message = "failed", str(failure)
+        except pytest.skip.Exception as skip:
+            outcome, message = "skipped", str(skip)
+        found.add(next(mark.args[0] for mark in test.pytestmark if mark.name == "criterion"), outcome, message)
+    return found
 
 
 def patch(*changes):
     source = SOURCE
     for old, new in changes:
-        assert source.count(old) == 1, f"'{old}' stands {source.count(old)} times in mobilenetv2.py"
+        assert source.count(old) == 1, f"'{old}' is {source.count(old)} times in mobilenetv2.py"
         source = source.replace(old, new)
     return source
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_a_wrong_network_is_failed_with_the_right_message(fault, monkeypatch):
-    monkeypatch.setattr(test_mobilenetv2, "SIZE", 64)  # a tenth of the time
+def test_a_wrong_network_fails_with_the_correct_message(fault, monkeypatch):
+    for name in ("kaiming_uniform_", "kaiming_normal_"):  # slow and unnecessary: the grader randomises all weights
+        monkeypatch.setattr(nn.init, name, lambda tensor, **_: tensor)
     message, *changes = WRONG[fault]
     found = grade(load(patch(*changes)))
     assert found and re.search(message, found), found
@@ -302,7 +424,7 @@ class MobileNetV2(nn.Module):
         last, wide = scaled(32), max(1280, scaled(1280))
         self.first, self.first_norm = nn.Conv2d(3, last, 3, 2, 1, bias=False), nn.BatchNorm2d(last, eps=1e-3)
         self.middle = nn.ModuleList()
-        for t, c, n, s in test_mobilenetv2.TABLE_2:
+        for t, c, n, s in TABLE_2:
             for i in range(n):
                 self.middle.append(Stage(last, scaled(c), s if i == 0 else 1, t))
                 last = scaled(c)
@@ -318,31 +440,201 @@ class MobileNetV2(nn.Module):
         return self.scores(functional.dropout(x, 0.2, self.training)).flatten(1)
 
 
-@pytest.mark.parametrize("network_class", (torchvision.models.MobileNetV2, MobileNetV2))
-def test_right_networks_pass_however_they_are_written(network_class):
-    assert grade(network_class) is None
+class Renamed(MobileNetV2):
+    """Other names for the arguments, and no defaults."""
+
+    def __init__(self, ch_in, numClasses, alpha=1.0):
+        super().__init__(numClasses, alpha)
 
 
-def test_the_command_grades_a_file(tmp_path):
+@pytest.mark.parametrize("network_class", (torchvision.models.MobileNetV2, Renamed))
+def test_correct_networks_pass_in_whatever_style_they_are_written(network_class):
+    found = score(Submission(network_class))
+    assert found.complete and found.points == 100, found.lines()
+
+
+def statuses(submission):
+    found = score(submission)
+    return {name: found.status(name)[0] for name in CRITERIA}
+
+
+def test_independent_faults_cost_only_their_own_points():
+    changes = (", activation=False)", ")"), (SHORTCUT, "return out"), ("bias=False", "bias=True")
+    found = statuses(load(patch(*changes)))
+    assert [name for name in found if found[name] == "failed"] == [
+        "normalisation", "linear bottleneck", "shortcut", "parameters and multiply-adds"]  # fmt: skip
+    # The gradients reach all parameters, but their values cannot be compared.
+    assert [name for name in found if found[name] == "skipped"] == ["gradients"]
+
+
+def test_an_expansion_with_t_1_costs_no_other_points():
+    found = score(load(patch((EXPAND, "convolution(in_channels, wide, 1)"))))
+    assert found.points == 75 and "(This is a convention" in found.status("layers")[1]
+
+
+def test_after_another_structure_the_rest_is_skipped():
+    found = statuses(load(patch(STRIDE_64, STRIDE_96)))
+    assert list(found.values()) == ["passed", "passed", "failed"] + 8 * ["skipped"]
+
+
+def test_a_network_that_never_ends_is_stopped(monkeypatch):
+    monkeypatch.setattr(grader, "TIME_LIMIT", 0.5)
+    message = grade(load(patch((POOLING, "while True: pass"))))
+    assert re.search(r"student.py, line \d+ .*: the grader's limit .*: it takes more than 0.5 seconds", message), message
+
+
+NOISE = """
+import logging, sys, warnings
+print("noise")
+print("noise", file=sys.stderr)
+logging.warning("noise")
+warnings.warn("noise")
+"""
+
+
+def command(path, *options):
+    return [sys.executable, "-m", "pytest", "tests/test_mobilenetv2.py", "--implementation", path, *options]
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="memory of a process is not available")
+def test_the_command_grades_a_file_in_little_time_and_memory(tmp_path):
     path = tmp_path / "student.py"
-    path.write_text(patch(STRIDE_64, STRIDE_96), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_mobilenetv2.py", "--implementation", path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "typo of Table 2" in done.stdout and "Traceback" not in done.stdout
-    assert "FAILED tests/test_mobilenetv2.py::test_strides" in done.stdout and "1 failed, 7 passed" in done.stdout
+    no_strides = [("for repeat in range(repeats):\n", "for repeat in range(repeats):\n                row_stride = 1\n")]
+    no_strides += [("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)")]
+    noise = [("return self.classifier(x)", "print('noise'); warnings.warn('noise')\n        return self.classifier(x)")]
+    path.write_text(NOISE + patch(*no_strides, *noise), encoding="utf-8")
+    with subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 1
+    assert usage.ru_utime + usage.ru_stime < 15
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert usage.ru_maxrss * unit < 2e9  # the libraries alone need 0.9e9
+    lines = output.splitlines()
+    assert [line.split()[-5:] for line in lines if line.startswith("strides  ")] == [["strides", "failed", "0", "/", "10"]]
+    assert "strides: these strides differ from Table 2: row 1 (the stem, conv2d 3×3): stride 1, expected 2;" in " ".join(lines)
+    assert "shortcut                      skipped    0 / 10   because of strides" in lines
+    assert "total                                   20 / 100" in lines
+    assert "noise" not in output and "Traceback" not in output and "FAILED" not in output
+    assert "1 failed" in lines[-1]
+
+
+def test_the_exit_code_is_0_only_if_all_criteria_pass(tmp_path, monkeypatch, capsys):
+    """In this process, because another one would import torch for seconds."""
+    monkeypatch.chdir(ROOT)
+    no_width = "\nclass MobileNetV2(MobileNetV2):\n    def __init__(self, categories=10):\n        super().__init__(categories)"
+    for source, code, points, end in (
+        (SOURCE, 0, "100 / 100", ""),
+        (SOURCE + no_width, 1, " 95 / 100", "Correct at width 1.0. The points of width are missing, so the exit code is 1."),
+    ):
+        (tmp_path / "student.py").write_text(source, encoding="utf-8")
+        assert pytest.main(command(tmp_path / "student.py", "-q", "-p", "no:cacheprovider")[3:]) == code
+        output = capsys.readouterr().out
+        assert points in output and end in output
+    assert "no width_mult; the parameters of MobileNetV2 are (categories=10)" in output
 
 
 @pytest.mark.parametrize(
     "text, message",
     [(None, "FileNotFoundError"), ("import nothing_like_this", "ModuleNotFoundError"), ("def MobileNetV2(: pass", "SyntaxError"),
-     ("x = 3", "has no attribute 'MobileNetV2'"), ("MobileNetV2 = 3", "MobileNetV2 is 3, and not a class"),
-     ("from torchvision.models import MobileNetV2", "not a class of its own"), ("exit(0)", "SystemExit, line 1.*__main__")],
+     ("x = 3", "no class MobileNetV2; it has no class at all"), ("MobileNetV2 = 3", "MobileNetV2 is 3, not a class"),
+     ("class Block: pass\nclass MobileNet_V2: pass", "no class MobileNetV2; its classes are Block, MobileNet_V2 .*rename"),
+     ("from torchvision.models import MobileNetV2", "torchvision's class or a subclass"),
+     ("import torchvision\nclass MobileNetV2(torchvision.models.MobileNetV2): pass", "torchvision's class or a subclass"),
+     ("\n1 / 0", "ZeroDivisionError, line 2"), ("exit(0)", "SystemExit, line 1.*__main__"), ("while True: pass", "the grader's limit, line 1: it takes more than 0.3 seconds")],
 )  # fmt: skip
-def test_a_file_that_cannot_be_graded_is_told_in_one_line(tmp_path, text, message, monkeypatch):
+def test_a_file_that_cannot_be_graded_gives_an_error_of_one_line(tmp_path, text, message, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    path = tmp_path / "student.py"
+    monkeypatch.setattr(grader, "TIME_LIMIT", 0.3)
+    monkeypatch.chdir(tmp_path)
+    path = Path("student.py")
     if text is not None:
         path.write_text(text)
     with pytest.raises(pytest.UsageError, match=message) as caught:
-        load_class(path)
+        load_submission(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [("self, depth, num_classes=1000", r"TypeError: .*'depth'. The parameters are \(depth, num_classes=1000\); expected"),
+     ("self, **kwargs", r"TypeError: .*unexpected keyword argument 'num_classes'. The parameters are \(\*\*kwargs\)")],
+)  # fmt: skip
+def test_a_message_about_parameters_names_those_of_the_network(parameters, message):
+    source = f"from torch import nn\nclass MobileNetV2(nn.Module):\n  def __init__({parameters}):\n    super().__init__()\n"
+    source += "    print(depth)" if "depth" in parameters else "    nn.ReLU(**kwargs)"
+    assert re.search(message, grade(load(source)))
+
+
+# ------------------------------------------------------------------------------------------------ the assignment
+
+ASSIGNMENT = ROOT / "docs" / "assignment"
+SKELETON = (ASSIGNMENT / "student.py").read_text(encoding="utf-8")
+
+
+def definitions(source):
+    """Return the source of each class, function and constant at the top level of a file, by name."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.get_source_segment(source, node)
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.get_source_segment(source, node)
+    return found
+
+
+def fill(*names):
+    """Return the skeleton with the project's code in the places of `names`."""
+    source, solution = SKELETON, definitions(SOURCE)
+    for name in names:
+        source = source.replace(definitions(SKELETON)[name], solution[name])
+    return "\n\n".join([solution["STRIDES_DROPPED"], source, solution["initialise"]])  # the project's network uses both
+
+
+TASKS = {  # solved parts: pattern of the message
+    (): "student.py, line .*TODO 1: write make_divisible",
+    ("make_divisible",): "student.py, line .*TODO 2: write convolution",
+    ("make_divisible", "convolution"): "student.py, line .*TODO 4: build the blocks",
+    ("make_divisible", "convolution", "MobileNetV2"): "student.py, line .*TODO 3: build the layers of a block",
+    ("make_divisible", "convolution", "MobileNetV2", "InvertedResidual"): "5 layers with weights, expected 53",
+    ("make_divisible", "convolution", "MobileNetV2", "InvertedResidual", "BOTTLENECKS"): None,
+}
+
+
+@pytest.mark.parametrize("solved, message", TASKS.items(), ids=lambda value: str(len(value or ())))
+def test_the_skeleton_fails_with_its_next_task_until_it_is_filled_in(solved, message, capsys):
+    found = score(load(fill(*solved)))
+    if message:
+        assert found.points == 0 and re.search(message, found.status("layers")[1]), found.lines()
+    else:
+        assert found.points == 100, found.lines()
+        exec(fill(*solved), {"__name__": "__main__"})
+        assert "Tasks 1 to 3 have the correct numbers" in capsys.readouterr().out
+
+
+def test_the_skeleton_has_the_projects_signatures():
+    namespaces = {"__name__": "skeleton"}, {"__name__": "project"}
+    for source, names in zip((SKELETON, SOURCE), namespaces, strict=True):
+        exec(source, names)
+    skeleton, project = namespaces
+    for name in ("make_divisible", "convolution", "InvertedResidual"):
+        assert inspect.signature(skeleton[name]) == inspect.signature(project[name])
+    parameters = [list(inspect.signature(names["MobileNetV2"]).parameters.values()) for names in namespaces]
+    assert parameters[0] == parameters[1][:3]  # without output_stride, which is not the paper's
+
+
+@pytest.mark.parametrize("name", ("handout.md", "handout.zh-CN.md"))
+def test_handouts_and_grader_name_the_same_criteria(name):
+    text = (ASSIGNMENT / name).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z -]+) \| (\d+) \|", text, flags=re.MULTILINE)
+    assert {criterion: int(points) for criterion, points in rows if not criterion.isdigit()} == CRITERIA
+    assert list(dict(rows)) == list(CRITERIA)
+    assert [int(task) for task in re.findall(r"^\| (\d) \|", text, flags=re.MULTILINE)] == [1, 2, 3, 4, 5]
+    line = " ".join(["python", *command("docs/assignment/student.py")[1:]])
+    assert re.findall(r"```bash\n(.*)\n```", text) == [line]
+
+
+def test_each_criterion_has_a_test():
+    assert {mark.args[0] for test, _ in runs() for mark in test.pytestmark if mark.name == "criterion"} == set(CRITERIA)
+    assert sum(CRITERIA.values()) == 100

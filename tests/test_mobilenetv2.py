@@ -1,28 +1,25 @@
-"""The network: first what any right MobileNetV2 does, then what else this project's file does.
+"""Tests of mobilenetv2.py: first those that every correct MobileNetV2 passes, then those of this project's file.
 
-The first part grades a class MobileNetV2 of anybody, whatever its modules are called:
+The first part grades a class MobileNetV2, whatever its modules are called:
 
     python -m pytest tests/test_mobilenetv2.py --implementation path/to/student.py
 
-It watches the layers that run (`Recorder`), and holds them, and what passes from one to the next, against Table 2.
-tests/test_grader.py proves that it fails typical wrong networks, each with the message that tells its fault.
+Each test belongs to a criterion, and a failure is a message for students. grader.py runs the network and records its layers.
+tests/test_grader.py proves that typical wrong networks fail with a message that names their fault.
 """
 
 import functools
 import hashlib
 import io
-import math
 import pickle
+import re
 import sys
-import traceback
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from grader import TABLE_2, WIDTH_NAMES, count_products, criterion, expect, expected_layers, randomise, reference, same
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mobilenetv2
 from mobilenetv2 import (
@@ -41,385 +38,291 @@ from mobilenetv2 import (
 WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
 PREPROCESSING = {"image_size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
 
-SIZE = 224  # pixels a side of the images that grade, as in Table 2
-
-# Table 2 of the paper, here once more, so that a mistake in the network's own table cannot hide: t, c, n, s
-TABLE_2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-
-
-def randomise(model):
-    """Random statistics and weights everywhere, so that no two layers could be exchanged unnoticed."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.dim():
-            spread = 1.0 if tensor.dim() == 1 else tensor[0].numel() ** -0.5
-            tensor.copy_(torch.rand_like(tensor) + 0.5 if "var" in name else torch.randn_like(tensor) * spread)
-    return model
+# The order of the tests is the order of causes: the message that a student reads first should explain the later failures.
+# Four rules are conventions of TensorFlow's and torchvision's code; the paper does not fix them.
+CONVENTION = "(This is a convention of TensorFlow's and torchvision's code; the paper does not fix it.)"
+MODES = pytest.mark.parametrize("training", (False, True), ids=("eval", "training"))
 
 
-# ------------------------------------------------------------------------------- what a network does with images
+def in_mode(training):
+    return "in training mode, " if training else ""
 
 
-@dataclass
-class Call:
-    """A convolution, linear layer or BatchNorm that ran, with copies of what it took and gave, which may be changed in place."""
-
-    name: str  # as PyTorch's operators are called, and take their arguments (tried with torch 2.14)
-    arguments: tuple
-    taken: torch.Tensor
-    given: torch.Tensor
+# ------------------------------------------------------------------------ layers, channels and strides: from shapes alone
 
 
-@dataclass
-class Layer:
-    """A convolution or linear layer, as Table 2 wants it or as it ran."""
-
-    in_channels: int
-    out_channels: int
-    kernel: tuple  # pixels
-    stride: tuple
-    groups: int
-    size: int  # pixels a side of what it gives
-    name: str = ""
-    call: Call = None
-    norm: Call = None  # the BatchNorm that follows at once
-
-    def output(self):
-        """What it gives, normalised if that follows."""
-        return (self.norm or self.call).given
-
-
-class Recorder(TorchDispatchMode):
-    """Record the layers that run, in whatever way the network is written."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name not in ("convolution", "addmm", "mm", "native_batch_norm"):
-            return function(*args, **(kwargs or {}))
-        taken = args[1 if name == "addmm" else 0].clone()
-        result = function(*args, **(kwargs or {}))
-        self.calls.append(Call(name, args, taken, (result[0] if isinstance(result, tuple) else result).clone()))
-        return result
-
-    @functools.cached_property
-    def layers(self):
-        layers = []
-        for call, after in zip(self.calls, [*self.calls[1:], None], strict=True):
-            if call.name == "native_batch_norm":
-                continue
-            kernel, stride, groups, size = (1, 1), (1, 1), 1, 1
-            if call.name == "convolution":
-                kernel, stride, groups = tuple(call.arguments[1].shape[2:]), tuple(call.arguments[3]), call.arguments[8]
-                size = call.given.shape[2]
-            normalised = after and after.name == "native_batch_norm" and same(after.taken, call.given)
-            shape = call.taken.shape[1], call.given.shape[1], kernel, stride, groups, size
-            layers.append(Layer(*shape, call=call, norm=after if normalised else None))
-        return layers
-
-
-def same(one, other):
-    """Whether two tensors are equal but for rounding; `other` may have a border of zeros, which some pad by themselves."""
-    border = other.shape[-1] - one.shape[-1]
-    if one.dim() == other.dim() == 4 and border > 0:
-        other = other[:, :, border // 2 : -(border - border // 2), border // 2 : -(border - border // 2)]
-    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-4 * one.abs().max())
-
-
-def expected_layers(width=1.0):
-    """The 53 layers of Table 2, with the place of each in the table."""
-
-    def scaled(channels):  # as in the paper's reference implementation: a multiple of 8, not below 90%
-        rounded = max(8, int(channels * width + 4) // 8 * 8)
-        return rounded if rounded >= 0.9 * channels * width else rounded + 8
-
-    channels, size = scaled(32), SIZE // 2
-    layers = [Layer(3, channels, (3, 3), (2, 2), 1, size, "row 1 of Table 2 (conv2d 3×3)")]
-    for row, (t, c, n, s) in enumerate(TABLE_2, start=2):
-        for block in range(n):
-            name = f"row {row} of Table 2 (t={t}, c={c}, n={n}, s={s}), block {block + 1} of {n}"
-            stride, wide = s if block == 0 else 1, channels * t
-            if t > 1:
-                layers.append(Layer(channels, wide, (1, 1), (1, 1), 1, size, f"{name}, expansion"))
-            size //= stride
-            layers.append(Layer(wide, wide, (3, 3), (stride, stride), wide, size, f"{name}, depthwise convolution"))
-            layers.append(Layer(wide, scaled(c), (1, 1), (1, 1), 1, size, f"{name}, projection"))
-            channels = layers[-1].out_channels
-    head = max(1280, scaled(1280))
-    layers.append(Layer(channels, head, (1, 1), (1, 1), 1, size, "row 9 of Table 2 (conv2d 1×1, the head)"))
-    return [*layers, Layer(head, 1000, (1, 1), (1, 1), 1, 1, "row 11 of Table 2 (the classifier)")]
-
-
-# ---------------------------------------------------------------------------------------- how a student is told
-
-
-def expect(right, message):
-    """Fail with the message alone, which is for students; a traceback would tell them of this file."""
-    if not right:
-        pytest.fail(message, pytrace=False)
-
-
-def attempt(what, function, *args, **kwargs):
-    """Call a student's code; what it raises fails the test with the student's line, not with a page of PyTorch's."""
-    try:
-        return function(*args, **kwargs)
-    except (Exception, SystemExit) as error:
-        ours = Path(torch.__file__).parent, Path(__file__).parent
-        frames = traceback.extract_tb(error.__traceback__)
-        frames = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in ours)]
-        place = [f"{Path(frame.filename).name}, line {frame.lineno} ({frame.line})" for frame in frames[-1:]]
-        fault = ": ".join([what, *place, f"{type(error).__name__}", " ".join(str(error).split())])
-    if "must match the size" in fault and "dimension 1" in fault:
-        fault += " (a shortcut is only where the channels agree)"
-    elif "must match the size" in fault:
-        fault += " (a 3×3 convolution has padding=1, a 1×1 none: only strides make maps smaller; shortcuts are only where they are 1)"
-    expect(False, fault)
-
-
-def build(network_class, **arguments):
-    named = ", ".join(f"{name}={value}" for name, value in arguments.items())
-    network = attempt(f"MobileNetV2({named}) cannot be built", network_class, **arguments)
-    expect(isinstance(network, nn.Module), "MobileNetV2 is not an nn.Module: class MobileNetV2(nn.Module).")
-    if any(map(nn.parameter.is_lazy, network.parameters())):  # nn.LazyConv2d and its like have no weights before
-        forward(network.eval(), torch.zeros(2, 3, SIZE, SIZE))
-    return network
-
-
-def forward(network, images):
-    logits = attempt("forward fails", network, images)
-    kind = type(logits).__name__
-    expect(isinstance(logits, torch.Tensor), f"forward returns {kind}, expected one tensor of logits (is a return missing?).")
-    return logits
-
-
-@functools.lru_cache(maxsize=2)
-def record(network_class, width=None, training=False):
-    """What a network of random weights does with two images, as a Recorder."""
-    torch.manual_seed(0)
-    network = build(network_class, num_classes=1000, **({} if width is None else {"width_mult": width}))
-    images = torch.randn(2, 3, SIZE, SIZE)
-    randomise(network).train(training)
-    recorder = Recorder()
-    recorder.network, recorder.images = network, images.clone()
-    recorder.buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    with torch.no_grad(), recorder:
-        recorder.logits = forward(network, images)
-    return recorder
-
-
-def recorded(network_class, training=False):
-    """`record`, for a network that runs; others skip the test."""
-    try:
-        return record(network_class, training=training)
-    except (Exception, pytest.fail.Exception):
-        pytest.skip("the network does not run: see the first test that fails")
-
-
-def aligned(network_class, training=False):
-    """Pairs (layer as it ran, layer as Table 2 wants it); networks that have not as many skip the test."""
-    recorder = recorded(network_class, training)
-    if explain_layers(recorder):
-        pytest.skip("the layers are not those of Table 2: see test_the_layers_of_table_2")
-    return list(zip(recorder.layers, expected_layers(), strict=True))
-
-
-# --------------------------------------------------------------------------------- what any right MobileNetV2 does
-
-# Their order is that of explanations: what a student reads first should be the cause of what follows.
-
-
-def test_images_become_logits(network_class):
-    recorder = record(network_class)
-    shape = tuple(recorder.logits.shape)
-    expect(shape == (2, 1000), f"two images and 1000 classes give {shape}, expected (2, 1000): a logit for each class of each image.")
-    expect(recorder.logits.isfinite().all(), "some logits are NaN or infinite.")
-    with torch.no_grad():
-        alone = tuple(forward(recorder.network, recorder.images[:1].clone()).shape)
-    expect(alone == (1, 1000), f"one image gives {alone}, expected (1, 1000): .squeeze() takes the batch, too, if not told.")
-
-
-@functools.lru_cache(maxsize=2)
-def explain_layers(recorder):
-    """Why the layers are not as many as those of Table 2, or None."""
-    layers, expected = recorder.layers, expected_layers()
-    convolutions = [layer for layer in layers if layer.call.name == "convolution"]
-    linear = len(layers) - len(convolutions)
-    # the expansion, a shortcut and the first layer of the next block are close to each other
-    near = [(one, other) for index, one in enumerate(convolutions) for other in convolutions[index + 1 : index + 4]]
-    twice = [one for one, other in near if same(one.call.taken, other.call.taken)]
-    sizes = [layer.size for layer in layers]
-    if any(size == 1 < max(sizes[index:]) for index, size in enumerate(sizes)):
-        return f"{len(layers)} layers with weights; some see averages, and maps follow: squeeze-and-excitation is MobileNetV3's."
-    if twice:
+def explain_strides(layers):
+    """Return the message about all strides that differ from Table 2's, or None."""
+    wanted = expected_layers()
+    if len(layers) != len(wanted):  # layers are missing or superfluous: compare the 3×3 convolutions alone
+        layers, wanted = [[layer for layer in some if layer.kernel == (3, 3)] for some in (layers, wanted)]
+    pairs = list(zip(layers, wanted))
+    firsts = [(found.stride[0], e.name) for found, e in pairs if "block 1 " in e.name and "depthwise" in e.name]
+    if [stride for stride, name in firsts if "c=64," in name or "c=96," in name] == [1, 2]:
         return (
-            f"two convolutions take the same {twice[0].in_channels} channels: a shortcut with a convolution. §3.3 and Figure 4d add"
-            " the input as it is, and only where the stride is 1; where the channels differ, there is none."
+            "the row of 64 channels has stride 1 and the row of 96 has stride 2, expected 2 and 1. This is the typo of"
+            " Table 2 in the paper's first version (arXiv:1801.04381v1). It costs 416M multiply-adds instead of 300M."
+        )
+    faults, found_strides = [], []
+    for found, expected in pairs:
+        if found.stride != expected.stride:
+            found_strides.append(found.stride[0] if len(set(found.stride)) == 1 else found.stride)
+            place = re.sub(r" of Table 2( \(t=.*?\))?", "", expected.name)
+            faults.append(f"{place}: stride {found_strides[-1]}, expected {expected.stride[0]}")
+    if not faults:
+        return None
+    why = (
+        "The stride s of a row belongs to its first block, 'all others use stride 1' (Table 2), and in the block to the"
+        " depthwise convolution (Table 1). The stem has stride 2."
+    )
+    if set(found_strides) == {1}:
+        why = (
+            "Fewer strides are the usual change for the 32 × 32 images of CIFAR. The paper's network takes 224 × 224"
+            " pixels and halves them five times."
+        )
+    return f"these strides differ from Table 2: {'; '.join(faults)}. {why}"
+
+
+def also(message):
+    return f" Moreover, {message}" if message else ""
+
+
+@criterion("layers", stops=True)
+def test_images_become_logits(submission):
+    record = submission.structure
+    strides = explain_strides(record.layers)
+    expect(record.error is None, f"{record.error}{also(strides)}")
+    if record.size == 32 and not strides:  # a network for CIFAR is judged by its strides
+        submission.record_structure(224)
+    shape = tuple(record.logits.shape)
+    expect(
+        shape == (2, 1000),
+        f"two images and 1000 classes give {shape}, expected (2, 1000): one logit per class of each image.",
+    )
+
+
+def explain_layers(layers):
+    """Return why the number of layers is not that of Table 2, or None."""
+    expected = expected_layers()
+    linear = sum(layer.linear for layer in layers)
+    sizes = [layer.size for layer in layers]
+    shared = [layer for layer in layers if layer.shares_input]
+    if any(size == 1 < max(sizes[index:]) for index, size in enumerate(sizes)):
+        return (
+            f"{len(layers)} layers with weights; some of them work on averages, and feature maps follow."
+            " Squeeze-and-excitation belongs to MobileNetV3."
+        )
+    if shared:
+        return (
+            f"two convolutions take the same {shared[0].in_channels} channels: a shortcut with a convolution. §3.3 and"
+            " Figure 4d add the input unchanged, and only where the stride is 1; where the channels differ, there is no"
+            " shortcut."
         )
     if linear > 1:
         return (
-            f"{linear} linear layers, expected one. Table 2 ends in a pooling and a single classifier on its 1280 channels;"
-            " '3 fully connected layers' are those of VGG."
+            f"{linear} linear layers, expected one. Table 2 ends in a pooling and a single classifier on 1280 channels;"
+            " '3 fully connected layers' belong to VGG."
         )
     if len(layers) == len(expected) + 1 and layers[1].kernel == (1, 1):
-        return (
-            f"the first block begins with a 1×1 convolution to {layers[1].out_channels} channels. Its row in Table 2 has t = 1:"
-            " nothing is expanded, so that it begins with the depthwise convolution (as in TensorFlow's and torchvision's code)."
-        )
+        return explain_expansion(layers)
     if len(layers) == len(expected) - 1 and layers[-1].in_channels == 320:
         return "the head is missing: after the blocks, row 9 of Table 2 has a 1×1 convolution from 320 to 1280 channels."
     if len(layers) != len(expected):
         return (
-            f"{len(layers)} layers with weights, expected {len(expected)}: the stem, 2 of the first block, 3 of each of 16 blocks,"
-            " the head and the classifier. n in Table 2 says how often a row is repeated (1, 2, 3, 4, 3, 3, 1: 17 blocks);"
-            " once each would give 23 layers, 2.43M parameters and 146M multiply-adds."
+            f"{len(layers)} layers with weights, expected {len(expected)}: the stem, 2 of the first block, 3 of each of"
+            " 16 blocks, the head and the classifier. n in Table 2 is the number of blocks in a row (1, 2, 3, 4, 3, 3,"
+            " 1: 17 blocks); one block per row gives 23 layers, 2.43M parameters and 146M multiply-adds."
         )
+    return None
 
 
-def test_the_layers_of_table_2(network_class):
-    message = explain_layers(recorded(network_class))
-    expect(message is None, message)
-
-
-def test_pytorch_knows_all_weights(network_class):
-    recorder = recorded(network_class)
-    known = {parameter.data_ptr() for parameter in recorder.network.parameters()}
-    strangers = [layer for layer in recorder.layers if weight(layer.call).data_ptr() not in known]
-    expect(
-        not strangers,
-        f"{len(strangers)} layers ran whose weights are not among network.parameters(): no optimiser would train them, and eval() does"
-        " not reach them. Layers in a Python list or dict are unknown to PyTorch: nn.ModuleList, nn.Sequential or nn.ModuleDict.",
+def explain_expansion(layers):
+    return (
+        f"the first block begins with a 1×1 convolution to {layers[1].out_channels} channels. Its row in Table 2 has t ="
+        f" 1: nothing is expanded, so the block begins with the depthwise convolution. {CONVENTION}"
     )
 
 
-def weight(call):
-    return call.arguments[{"convolution": 1, "native_batch_norm": 1, "addmm": 2, "mm": 1}[call.name]]
-
-
-def test_eval_mode_gives_each_image_its_logits(network_class):
-    recorder = recorded(network_class)
-    with torch.no_grad():
-        again, alone = forward(recorder.network, recorder.images.clone()), forward(recorder.network, recorder.images[:1].clone())
-    own = "BatchNorm must take the mean and deviation that it has gathered in training, not those of the batch"
-    batch = [call for call in recorder.calls if call.name == "native_batch_norm" and call.arguments[5]]
-    expect(not batch, f"in eval mode an image depends on the others of its batch: {own}.")
+@criterion("layers", stops=True)
+def test_the_layers_of_table_2(submission):
+    layers = submission.structure.layers
+    message, strides = explain_layers(layers), explain_strides(layers)
     expect(
-        torch.equal(recorder.logits, again),
-        "the same image gives other logits each time in eval mode. Dropout must rest there: nn.Dropout does so by itself,"
-        " functional.dropout only with training=self.training.",
-    )
-    expect(same(recorder.logits[:1], alone), "in eval mode an image gives other logits in another batch.")
-
-
-def test_training_gathers_statistics(network_class):
-    recorder = record(network_class, training=True)
-    still = [name for name, buffer in recorder.network.named_buffers() if torch.equal(buffer, recorder.buffers[name])]
-    expect(
-        not still,
-        f"'{still[0] if still else ''}' is the same after a batch in training mode: BatchNorm must follow there (functional.batch_norm"
-        " needs training=self.training, and an own train() must call super().train()).",
-    )
-    momenta = [layer.momentum or 0 for layer in recorder.network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    expect(
-        max(momenta, default=0) <= 0.5,
-        f"BatchNorm's momentum is {max(momenta, default=0)}: in PyTorch that is the share of the new batch, in Keras of the past.",
+        message is None or submission.expands_first,  # the next test reports it
+        f"{message}{also(strides if strides and 'CIFAR' in strides else None)}",
     )
 
 
-def test_channels(network_class):
-    for found, expected in aligned(network_class):
+@criterion("layers")
+def test_the_first_block_is_not_expanded(submission):
+    expect(not submission.expands_first, explain_expansion(submission.structure.layers))
+
+
+@criterion("channels", stops=True)
+def test_channels(submission):
+    record = submission.structure
+    for found, expected in zip(record.layers, submission.expected(), strict=True):
         channels, wanted = [(layer.in_channels, layer.out_channels) for layer in (found, expected)]
-        why = "Inside, a block is t times as wide as its input (Table 1: k, tk, tk, k'); c in Table 2 is what it gives."
+        why = "A block is t times as wide inside as its input (Table 1: k, tk, tk, k'); c in Table 2 counts its output channels."
         if "row 1 of" in expected.name:
-            why = "The stem makes 32 channels of three; width_mult is 1.0 if nothing is said."
-        elif channels[0] == 1280 * (SIZE // 32) ** 2:
-            why = f"{channels[0]} = 1280 · {SIZE // 32} · {SIZE // 32}: the average pooling in front of it is missing (row 10)."
+            why = "The stem turns 3 channels into 32; width_mult is 1.0 by default."
+        elif channels[0] == 1280 * (record.size // 32) ** 2:
+            side = record.size // 32
+            why = f"{channels[0]} = 1280 · {side} · {side}: the average pooling in front of the classifier is missing (row 10)."
         expect(
             channels == wanted,
             f"{expected.name}: from {channels[0]} to {channels[1]} channels, expected from {wanted[0]} to {wanted[1]}. {why}",
         )
 
 
-def test_depthwise_convolutions_of_3_by_3(network_class):
-    for found, expected in aligned(network_class):
+@criterion("channels", stops=True)
+def test_depthwise_convolutions_of_3_by_3(submission):
+    for found, expected in zip(submission.structure.layers, submission.expected(), strict=True):
         sizes = ["{} × {}".format(*layer.kernel) for layer in (found, expected)]
         expect(sizes[0] == sizes[1], f"{expected.name}: a kernel of {sizes[0]}, expected {sizes[1]} (Table 1).")
         expect(
-            found.call.name != "convolution" or set(found.call.arguments[5]) == {1},
-            f"{expected.name}: dilated, expected dilation=1: neighbouring pixels.",
+            set(found.dilation) == {1},
+            f"{expected.name}: dilation={found.dilation[0]}, expected dilation=1: a kernel covers neighbouring pixels.",
         )
         expect(
             found.groups == expected.groups,
-            f"{expected.name}: groups={found.groups}, expected groups={expected.groups}. Depthwise (§3.1): one filter a channel,"
-            " groups = channels; all other convolutions mix all channels, groups = 1.",
+            f"{expected.name}: groups={found.groups}, expected groups={expected.groups}. A depthwise convolution (§3.1)"
+            " has one filter per channel, groups = channels; all other convolutions mix all channels, groups = 1.",
         )
 
 
-def test_strides(network_class):
-    pairs = aligned(network_class)
-    rows = {c: next(found.stride[0] for found, e in pairs if f"c={c}," in e.name and "depthwise" in e.name) for c in (64, 96)}
+@criterion("strides", stops=True)
+def test_strides(submission):
+    message = explain_strides(submission.structure.layers)
+    expect(message is None, message)
+
+
+@criterion("strides", stops=True)
+def test_sizes(submission):
+    record = submission.structure
+    layers, expected = record.layers, submission.expected(size=record.size)
+    head, classifier = layers[-2:]
     expect(
-        rows != {64: 1, 96: 2},
-        "the row of 64 channels has stride 1 and that of 96 has stride 2, expected 2 and 1. That is the typo of Table 2 in the paper's"
-        " first version (arXiv:1801.04381v1), and costs 416M multiply-adds, where the text has 300M.",
+        head.in_size == layers[-3].size,
+        "the head works on averages. Table 2 has first the 1×1 convolution to 1280 channels, then the 7×7 average; in"
+        " the other order the head's ReLU6 sees only averages.",
     )
-    for found, expected in pairs:
-        strides = [layer.stride[0] if len(set(layer.stride)) == 1 else layer.stride for layer in (found, expected)]
+    expect(classifier.size == 1, "the classifier works on feature maps, expected on their average (Table 2: avgpool first).")
+    for found, wanted in zip(layers, expected, strict=True):
         expect(
-            strides[0] == strides[1],
-            f"{expected.name}: stride {strides[0]}, expected {strides[1]}. The stride s of a row belongs to its first block,"
-            " 'all others use stride 1' (Table 2), and in the block to the depthwise convolution (Table 1); the stem has 2.",
+            found.size == wanted.size,
+            f"{wanted.name}: gives {found.size} × {found.size} pixels for an image of {record.size}, expected"
+            f" {wanted.size} × {wanted.size} (Table 2, column input). A 3×3 convolution has padding=1 and a 1×1 none, so"
+            " that only strides make feature maps smaller.",
         )
 
 
-def test_sizes(network_class):
-    pairs = aligned(network_class)
-    if any(found.stride != expected.stride for found, expected in pairs):
-        pytest.skip("the strides are not those of Table 2: see test_strides")
-    head, classifier = pairs[-2][0], pairs[-1][0]
+# -------------------------------------------------------------------------------------- layers again: from numbers
+
+
+@criterion("layers")
+def test_one_image_keeps_its_batch_dimension(submission):
+    size = submission.structure.size
+    with torch.no_grad():
+        shape = tuple(submission.forward(torch.randn(1, 3, size, size)).shape)
     expect(
-        head.call.taken.shape[2] == pairs[-3][0].size,
-        "the head takes averages. Table 2: first the 1×1 convolution to 1280 channels, then the 7×7 average; the other way round"
-        " its ReLU6 would see averages only.",
+        shape == (1, 1000),
+        f"one image gives {shape}, expected (1, 1000): .squeeze() also removes the batch dimension; use .flatten(1).",
     )
-    expect(classifier.size == 1, "the classifier works on maps, expected on their average (Table 2: avgpool first).")
+
+
+@criterion("layers", stops=True)
+def test_logits_are_finite(submission):
+    expect(submission.record().logits.isfinite().all(), "some logits are NaN or infinite.")
+
+
+@criterion("layers", stops=True)
+def test_pytorch_knows_all_weights(submission):
+    known = {parameter.data_ptr() for parameter in submission.network.parameters()}
+    strangers = [layer for layer in submission.record().layers if layer.weight.data_ptr() not in known]
+    expect(
+        not strangers,
+        f"the weights of {len(strangers)} of {len(submission.record().layers)} layers are not among network.parameters():"
+        " no optimizer trains them, and eval() does not reach them. PyTorch does not see layers in a Python list or"
+        " dict, or layers made in forward; make them in __init__ and use nn.ModuleList, nn.Sequential or nn.ModuleDict.",
+    )
+
+
+@criterion("layers")
+def test_the_stem_takes_the_image_as_it_is(submission):
+    found = submission.pairs()[0][0]
+    expect(
+        same(submission.record().images, found.taken),
+        "the image is changed in front of the first convolution. Normalisation by mean and std belongs to the data:"
+        " checkpoints and other people's weights expect it outside the network.",
+    )
+
+
+@criterion("layers")
+def test_global_average_pooling_behind_the_head(submission):
+    pairs = submission.pairs()
+    head, pooled = pairs[-2][0].output().clamp(0, 6), pairs[-1][0].taken.flatten(1)
+    ways = {
+        "the maximum": lambda maps: maps.amax(dim=(2, 3)),
+        "the sum": lambda maps: maps.sum(dim=(2, 3)),
+    }
+    side = pairs[-2][0].size
+    way = None if same(head.mean(dim=(2, 3)), pooled) else next((n for n, f in ways.items() if same(f(head), pooled)), None)
+    expect(
+        way is None,  # another activation is reported by its own test
+        f"of the {side} × {side} places in the head's feature maps the classifier takes {way}, expected their average"
+        " (row 10 of Table 2: avgpool).",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ normalisation
+
+
+def never_called(submission):
+    """Return names of BatchNorm layers that are built but never run."""
+    called = {norm.running_mean.data_ptr() for norm in submission.record().norms if norm.running_mean is not None}
+    modules = submission.network.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.BatchNorm2d)
+            and module.running_mean is not None and module.running_mean.data_ptr() not in called]  # fmt: skip
+
+
+@criterion("normalisation")
+def test_batch_norm_behind_every_convolution(submission):
+    pairs, norms = submission.pairs()[:-1], submission.record().norms
+    idle = never_called(submission)
+    unused = f" '{idle[0]}' is built in __init__, but forward never calls it." if idle else ""
+    folded = ""
+    if not norms:
+        folded = " No BatchNorm runs in the whole network."
+    if not norms and pairs[0][0].bias is not None:
+        folded = " No BatchNorm runs in the whole network, and the convolutions have biases: is BatchNorm folded into them?"
     for found, expected in pairs:
         expect(
-            found.size == expected.size,
-            f"{expected.name}: gives {found.size} × {found.size} pixels of an image of {SIZE}, expected {expected.size} ×"
-            f" {expected.size} (Table 2, column input). A 3×3 convolution has padding=1, a 1×1 none: only strides make maps smaller.",
+            found.norm is not None and found.norm.weight is not None,
+            f"{expected.name}: nn.BatchNorm2d, with its scale and shift, does not follow directly.{folded}{unused} §6.1:"
+            " 'We use batch normalization after every layer'."
+            f" {CONVENTION.replace('This', 'Its place, before the activation,')}",
         )
+    expect(not idle, f"'{idle[0] if idle else ''}' is built in __init__, but forward never calls it.")
+    expect(
+        len(norms) == len(pairs),
+        f"{len(norms)} BatchNorm layers run, expected {len(pairs)}: one behind every convolution, and no other.",
+    )
 
 
-def test_the_stem_takes_the_image_as_it_is(network_class):
-    found = aligned(network_class)[0][0]
-    changed = "the image is changed in front of the first convolution. Its mean and deviation belong into the data: checkpoints and"
-    expect(same(recorded(network_class).images, found.call.taken), f"{changed} other people's weights expect it outside.")
-
-
-def test_convolutions_without_bias(network_class):
-    for found, expected in aligned(network_class)[:-1]:
+@criterion("normalisation")
+def test_convolutions_without_bias(submission):
+    for found, expected in submission.pairs()[:-1]:
         expect(
-            found.call.arguments[2] is None,
-            f"{expected.name}: has a bias, expected bias=False. BatchNorm follows, which subtracts the mean, and with it any"
-            " bias, and adds its own shift.",
+            found.bias is None or found.norm is None,
+            f"{expected.name}: has a bias, expected bias=False. BatchNorm follows; it subtracts the mean, and with it any"
+            f" bias, and adds its own shift. {CONVENTION}",
         )
 
 
-def test_batch_norm_behind_every_convolution(network_class):
-    recorder = recorded(network_class)
-    for found, expected in aligned(network_class)[:-1]:
-        expect(
-            found.norm is not None and found.norm.arguments[1] is not None,
-            f"{expected.name}: nn.BatchNorm2d, with its scale and shift, does not follow at once. §6.1: 'We use batch normalization"
-            " after every layer'.",
-        )
-    count = sum(call.name == "native_batch_norm" for call in recorder.calls)
-    expect(count == 52, f"{count} BatchNorm layers, expected 52: one behind every convolution, and no other.")
+# --------------------------------------------------------------------------------------------------- activation
 
-
-# What may come between two layers. Told by what they do, in whatever way they are written.
+# Functions between two layers. The grader recognises them by their values, in whatever way they are written.
 ACTIVATIONS = {
     "no activation": lambda x: x,
     "ReLU6": lambda x: x.clamp(0, 6),
@@ -433,53 +336,78 @@ ACTIVATIONS = {
 }
 
 
-def name_fit(ways, before, after):
-    """The first of the named functions that makes `after` of `before`."""
-    return next((name for name, function in ways.items() if same(function(before), after)), "something else")
+def name_fit(functions, before, after):
+    """Return the first of the named functions that turns `before` into `after`."""
+    return next((name for name, function in functions.items() if same(function(before), after)), "something else")
 
 
-MODES = pytest.mark.parametrize("training", (False, True), ids=("eval", "training"))
-
-
-def in_mode(training):
-    return "in training mode, " if training else ""
-
-
-@MODES
-def test_relu6_behind_all_convolutions_but_the_projection(network_class, training):
-    pairs = aligned(network_class, training)
-    for (found, expected), (after, _) in zip(pairs[:-2], pairs[1:-1], strict=True):
-        if "projection" not in expected.name:
-            expect_relu6(name_fit(ACTIVATIONS, found.output(), after.call.taken), expected, training)
-    if not training:  # where dropout would come between
-        head, pooled = pairs[-2][0].output(), pairs[-1][0].call.taken.flatten(1)
-        fits = [name for name, function in ACTIVATIONS.items() if same(function(head).mean(dim=(2, 3)), pooled)]
-        expect_relu6((fits or ["ReLU6"])[0], pairs[-2][1], training)  # none: the test of the pooling has more to say
+def normalised_pairs(submission, training):
+    """Return the pairs of layers, each followed by BatchNorm; skip the test if one is missing."""
+    pairs = submission.pairs(training)
+    if any(found.norm is None for found, _ in pairs[:-1]):
+        pytest.skip("because of normalisation")
+    return pairs
 
 
 def expect_relu6(name, expected, training):
     expect(
         name == "ReLU6",
-        f"{in_mode(training)}{expected.name}: is followed by {name}, expected ReLU6, min(max(x, 0), 6). §4: 'We use ReLU6 as the"
-        " non-linearity because of its robustness when used with low-precision computation'.",
+        f"{in_mode(training)}{expected.name}: is followed by {name}, expected ReLU6, min(max(x, 0), 6). §4: 'We use ReLU6"
+        " as the non-linearity because of its robustness when used with low-precision computation'.",
     )
 
 
-def block_ends(pairs):
-    """Of each block: its name, whether it shall have a shortcut, what follows the projection, and 'alone', 'added' or 'before'.
+@criterion("activation")
+@MODES
+def test_relu6_behind_all_convolutions_but_the_projection(submission, training):
+    pairs = normalised_pairs(submission, training)
+    for (found, expected), (after, _) in zip(pairs[:-2], pairs[1:-1], strict=True):
+        if "projection" not in expected.name:
+            expect_relu6(name_fit(ACTIVATIONS, found.output(), after.taken), expected, training)
+    (head, expected), pooled = pairs[-2], pairs[-1][0].taken.flatten(1)
+    late = name_fit(ACTIVATIONS, head.output().mean(dim=(2, 3)), pooled)
+    expect(
+        late in ("no activation", "something else"),
+        f"{in_mode(training)}{expected.name}: {late} follows the pooling, expected ReLU6 directly behind the head's BatchNorm.",
+    )
+    fits = [name for name, function in ACTIVATIONS.items() if same(function(head.output()).mean(dim=(2, 3)), pooled)]
+    expect_relu6((fits or ["ReLU6"])[0], expected, training)  # without a fit, another pooling is the fault
 
-    alone: the next layer takes the projection; added: its sum with the block's input; before: what follows comes behind the sum.
-    """
-    first = 1
+
+@criterion("activation")
+@MODES
+def test_the_network_ends_in_logits(submission, training):
+    classifier, logits = submission.pairs(training)[-1][0], submission.record(training).logits
+    found = classifier.given.flatten(1)
+    if classifier.linear and classifier.bias is None:  # a bias that is added separately is the same for each image
+        found = found + (logits - found)[:1]
+    softmaxes = {"softmax": lambda x: x.softmax(dim=1), "log-softmax": lambda x: x.log_softmax(dim=1)}
+    way = name_fit(ACTIVATIONS | softmaxes, found, logits)
+    why = {
+        "softmax": ": nn.functional.cross_entropy applies the softmax itself; applied twice, the gradients nearly vanish",
+        "log-softmax": ": it is redundant, because nn.functional.cross_entropy applies it itself; applied twice, the gradients are"
+        " the same, but the output is not the logits",
+    }
+    expect(way == "no activation", f"{in_mode(training)}the classifier is followed by {way}, expected nothing{why.get(way, '')}.")
+
+
+# --------------------------------------------------------------------------------- linear bottleneck and shortcut
+
+
+def block_ends(pairs):
+    """Return for each block: name, whether it should have a shortcut, and `explain_block`'s two answers."""
+    first, ends = 1, []
     for index, (found, expected) in enumerate(pairs):
         if "projection" in expected.name:
             agree = pairs[index - 1][1].stride == (1, 1) and pairs[first][1].in_channels == expected.out_channels
-            ends = explain_block(pairs[first][0].call.taken, found.output(), pairs[index + 1][0].call.taken)
-            yield expected.name.removesuffix(", projection"), agree, *ends
+            explained = explain_block(pairs[first][0].taken, found.output(), pairs[index + 1][0].taken)
+            ends.append((expected.name.removesuffix(", projection"), agree, *explained))
             first = index + 1
+    return ends
 
 
 def explain_block(x, projected, after):
+    """Return the activation behind the projection, and 'alone' (no shortcut), 'added', or 'before' (it follows the addition)."""
     for name, function in ACTIVATIONS.items():
         if same(function(projected), after):
             return name, "alone"
@@ -490,146 +418,227 @@ def explain_block(x, projected, after):
     return "something else", "alone"
 
 
+@criterion("linear bottleneck")
 @MODES
-def test_the_projection_is_linear(network_class, training):
-    for block, _, name, how in block_ends(aligned(network_class, training)):
+def test_the_projection_is_linear(submission, training):
+    for block, _, name, how in block_ends(normalised_pairs(submission, training)):
         expect(
             name in ("no activation", "something else") or how == "before",
-            f"{in_mode(training)}{block}, projection: is followed by {name}, expected no activation. §3.2: among few channels a ReLU"
-            " loses what the channels that it sets to zero carried: the bottleneck is linear (Table 1, last line; Figure 6a).",
+            f"{in_mode(training)}{block}, projection: is followed by {name}, expected no activation. §3.2: with few"
+            " channels, ReLU destroys the information of the channels that it sets to zero, so the bottleneck is linear"
+            " (Table 1, last line; Figure 6a).",
         )
 
 
+@criterion("shortcut")
 @MODES
-def test_shortcuts_between_the_bottlenecks(network_class, training):
-    why = "§3.3, Figure 4d: the input is added to the projection where the stride is 1, and the channels agree: ten times in all."
-    for block, agree, name, how in block_ends(aligned(network_class, training)):
+def test_shortcuts_between_the_bottlenecks(submission, training):
+    why = "§3.3, Figure 4d: the input is added to the projection where the stride is 1 and the channels agree: in ten blocks."
+    for block, agree, name, how in block_ends(normalised_pairs(submission, training)):
         block = in_mode(training) + block
-        expect(how != "before", f"{block}: {name} follows the addition, expected nothing (that is ResNet). {why}")
-        expect(name != "something else", f"{block}: gives neither its projection nor the sum of that and its input. {why}")
+        expect(how != "before", f"{block}: {name} follows the addition, expected nothing (ResNet has it). {why}")
+        expect(name != "something else", f"{block}: gives neither its projection nor the sum of projection and input. {why}")
         expect(not agree or how != "alone", f"{block}: the input is not added to the output, expected a shortcut. {why}")
         expect(agree or how == "alone", f"{block}: has a shortcut, expected none. {why}")
 
 
-def test_global_average_pooling_behind_the_head(network_class):
-    pairs = aligned(network_class)
-    head, pooled = pairs[-2][0].output().clamp(0, 6), pairs[-1][0].call.taken.flatten(1)
-    ways = {
-        "average": lambda maps: maps.mean(dim=(2, 3)),
-        "the maximum": lambda maps: maps.amax(dim=(2, 3)),
-        "the sum": lambda maps: maps.sum(dim=(2, 3)),
-    }
-    way = name_fit(ways, head, pooled)
-    expect(way == "average", f"of the 7 × 7 places the classifier takes {way}, expected their average (Table 2: avgpool).")
+# ----------------------------------------------------------------------------------------- training and eval mode
 
 
-@MODES
-def test_the_network_ends_in_logits(network_class, training):
-    call, logits = aligned(network_class, training)[-1][0].call, recorded(network_class, training).logits
-    found = call.given.flatten(1)
-    if call.name == "mm":  # a bias that is added by itself: the same for each image
-        found = found + (logits - found)[:1]
-    ways = ACTIVATIONS | {"softmax": lambda x: x.softmax(dim=1), "log-softmax": lambda x: x.log_softmax(dim=1)}
-    way = name_fit(ways, found, logits)
-    why = "cross_entropy applies the softmax itself: of probabilities it would take it a second time, and hardly learn"
-    why = f": {why}" if "softmax" in way else ""
-    expect(way == "no activation", f"{in_mode(training)}the classifier is followed by {way}, expected nothing{why}.")
-
-
-def test_parameters_and_multiply_adds(network_class):
-    recorder = recorded(network_class)
-    parameters = sum(parameter.numel() for parameter in recorder.network.parameters())
-    more = "Are some there that nothing uses? Learned are weights, BatchNorm's scale and shift, and the classifier's bias."
-    fewer = "Is one object used for several blocks, which then share their weights, or the classifier's bias (1,000) missing?"
+@criterion("training and eval mode")
+def test_eval_mode_gives_each_image_its_logits(submission):
+    record = submission.record()
     expect(
-        parameters == 3_504_872,
-        f"{parameters:,} parameters, expected 3,504,872 (with BatchNorm's; 3,470,760 without them; Table 4 says 3.4M), so"
-        f" {parameters - 3_504_872:+,}. {more if parameters > 3_504_872 else fewer}",
+        not any(norm.uses_batch for norm in record.norms),
+        "in eval mode an image depends on the others in its batch: BatchNorm must use its running statistics there, not"
+        " those of the batch.",
     )
-    macs, wanted = count_products(recorder.layers), count_products(expected_layers())
-    expect(macs == wanted, f"{macs:,} multiply-adds at {SIZE} pixels, expected {wanted:,} (Table 4: 300M at 224).")
-
-
-def count_products(layers):
-    """Multiply-adds: each output is a sum of kernel area × input channels / groups products."""
-    return sum(
-        layer.size**2 * layer.out_channels * math.prod(layer.kernel) * layer.in_channels // layer.groups for layer in layers
-    )
-
-
-def test_a_gradient_reaches_every_parameter(network_class):
-    recorded(network_class)
-    network = build(network_class, num_classes=7).train()
-    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
-    expect(not frozen, f"'{frozen[0] if frozen else ''}' has requires_grad=False: a fresh network learns with all its weights.")
+    for dropout in record.dropouts:
+        fix = "pass training=self.training to functional.dropout, or use nn.Dropout."
+        if dropout.module is not None:
+            fix = "nn.Dropout is made inside forward, so it is always in training mode; make it once, in __init__."
+        expect(False, f"dropout is active in eval mode ({dropout.line}), so the same image gives other logits each time: {fix}")
+    images = record.images
     with torch.no_grad():
-        for parameter in network.parameters():  # some begin as zeros, behind which no gradient comes
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    logits = forward(network, torch.randn(2, 3, SIZE, SIZE))
-    expect(logits.shape == (2, 7), f"num_classes=7 gives {tuple(logits.shape)} for two images, expected (2, 7).")
-    loss = nn.functional.cross_entropy(logits, torch.arange(2))
-    expect(loss.requires_grad, "the logits have no gradient: something in forward computes without one.")
-    loss.backward()
+        again, alone = submission.forward(images.clone()), submission.forward(images[:1].clone())
+    expect(torch.equal(submission.forward(images.clone()), again), "in eval mode the same image gives other logits each time.")
+    expect(same(again[0], alone.flatten()), "in eval mode an image gives other logits in another batch.")
+
+
+@criterion("training and eval mode")
+def test_dropout_is_in_front_of_the_classifier(submission):
+    expected = submission.expected()
+    submission.pairs(training=True)
+    for dropout in submission.record(training=True).dropouts:
+        layer = expected[dropout.after - 1].name
+        place = f"behind the BatchNorm of {layer}" if dropout.behind_norm else f"behind the activation of {layer}"
+        if dropout.behind_norm and "projection" not in layer:
+            place = f"between BatchNorm and activation of {layer}"
+        place = {len(expected): "behind the classifier", 0: "in front of the stem"}.get(dropout.after, place)
+        expect(
+            dropout.after == len(expected) - 1 and not dropout.behind_norm,
+            f"dropout is {place} ({dropout.line}), expected only in front of the classifier, as in torchvision's code.",
+        )
+
+
+@criterion("training and eval mode")
+def test_training_gathers_statistics(submission):
+    record = submission.record(training=True)
+    idle = never_called(submission)  # reported by the test of BatchNorm
+    still = [name for name in record.buffers if name not in record.changed and name.rpartition(".")[0] not in idle]
+    expect(
+        not still,
+        f"'{still[0] if still else ''}' is the same after a batch in training mode: BatchNorm must update its running"
+        " statistics there (functional.batch_norm needs training=self.training, and your own train() must call"
+        " super().train()).",
+    )
+    momenta = [layer.momentum or 0 for layer in submission.network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    expect(
+        max(momenta, default=0) <= 0.5,
+        f"BatchNorm's momentum is {max(momenta, default=0)}: in PyTorch that is the weight of the new batch, in Keras of"
+        " the past.",
+    )
+
+
+# ----------------------------------------------- number of classes (channels again), parameters and multiply-adds
+
+
+@criterion("channels")
+def test_the_number_of_classes(submission):
+    network = submission.build(classes=7)
+    size = submission.structure.size
+    logits = submission.record_structure(size, network, "with num_classes=7, ").logits
+    expect(
+        logits.shape == (2, 7),
+        f"num_classes=7 gives {tuple(logits.shape)} for two images, expected (2, 7). The parameters of MobileNetV2 are"
+        f" {submission.signature}.",
+    )
+
+
+@criterion("parameters and multiply-adds")
+def test_parameters_and_multiply_adds(submission):
+    if submission.expands_first:
+        pytest.skip("because of layers")
+    normalised_pairs(submission, training=False)
+    parameters = sum(parameter.numel() for parameter in submission.network.parameters())
+    more = "Does forward use all of them? Trainable are weights, BatchNorm's scale and shift, and the classifier's bias."
+    fewer = "Do several blocks share one object, and so share their weights?"
+    surplus = parameters - 3_504_872
+    why = {-1_000: f"The classifier's bias is missing. {CONVENTION}", 17_056: "The 52 convolutions have biases."}
+    expect(
+        surplus == 0,
+        f"{parameters:,} parameters, expected 3,504,872 (with BatchNorm's; 3,470,760 without them; Table 4 says 3.4M):"
+        f" {surplus:+,}. {why.get(surplus, more if surplus > 0 else fewer)}",
+    )
+    macs = count_products(submission.record_structure(224).layers)
+    expect(macs == 300_774_272, f"{macs:,} multiply-adds at 224 pixels, expected 300,774,272 (Table 4: 300M).")
+
+
+# ----------------------------------------------------------------------------------------------------- gradients
+
+
+@criterion("gradients")
+def test_a_gradient_reaches_every_parameter(submission):
+    record, network = submission.record(), submission.network
+    used = {tensor.data_ptr() for tensor, _ in record.used}
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    expect(not frozen, f"'{frozen[0] if frozen else ''}' has requires_grad=False: a new network trains all its weights.")
+    network.train()
+    logits = submission.forward(torch.randn_like(record.images), note="in training mode, ")
+    expect(logits.requires_grad, "the logits have no gradient: a .detach(), .data or no_grad in forward cuts it.")
+    nn.functional.cross_entropy(logits, torch.arange(2)).backward()
+    network.eval()
     for name, parameter in network.named_parameters():
         expect(
-            parameter.grad is not None and parameter.grad.abs().sum() > 0,
-            f"'{name}' gets no gradient: it is not used in forward, or a .detach(), .data or no_grad lies behind it.",
+            parameter.data_ptr() not in used or (parameter.grad is not None and parameter.grad.abs().sum() > 0),
+            f"'{name}' gets no gradient: a .detach(), .data or no_grad stands between it and the logits.",
         )
 
 
-@pytest.mark.parametrize("width", (0.35, 0.5, 0.75, 1.4))
-def test_width_multiplier(network_class, width):
-    aligned(network_class)
-    for found, expected in zip(record(network_class, width).layers, expected_layers(width), strict=True):
-        channels, wanted = [(layer.in_channels, layer.out_channels) for layer in (found, expected)]
-        why = f"channels are scaled by {width}, then rounded to the nearest multiple of 8, but not below 90%, as in the reference code"
-        if "head" in expected.name and channels[1] != wanted[1]:
-            why = "below 1.0 the head keeps its 1280 channels, above it grows with the others (§4)"
-        expect(
-            channels == wanted,
-            f"width_mult={width}, {expected.name}: from {channels[0]} to {channels[1]} channels, expected from {wanted[0]} to"
-            f" {wanted[1]}: {why}.",
-        )
+def relative(difference, size):
+    return (difference.norm() / size.norm().clamp(min=1e-12)).item()
 
 
-def learned_tensors(recorder):
-    """Weights and statistics in the order in which they are used, of each layer the weights first."""
-    used = []
-    for call in recorder.calls:
-        linear = call.name in ("addmm", "mm")
-        bias = call.arguments[:1] if call.name == "addmm" else ()
-        tensors = [weight(call).t(), *bias] if linear else call.arguments[1:5]
-        used += [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    return used
-
-
-def test_equal_weights_give_torchvisions_logits(network_class):
-    aligned(network_class)
-    recorder, theirs = [record.__wrapped__(kind) for kind in (network_class, torchvision.models.MobileNetV2)]
-    ours, given = learned_tensors(recorder), learned_tensors(theirs)
-    if [tensor.numel() for tensor in ours] != [tensor.numel() for tensor in given]:
-        pytest.skip("the weights are not as many as torchvision's: see the tests above")
+@criterion("gradients")
+@MODES
+def test_equal_weights_give_torchvisions_logits_and_gradients(submission, training):
+    if submission.failed:
+        pytest.skip(f"because of {submission.failed}")
+    record, network = submission.record(), submission.network
+    theirs = reference(record.size)
     with torch.no_grad():
-        # Statistics of real maps: with random ones the logits would hardly depend on the image.
-        for layer in theirs.network.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.reset_parameters()
-                layer.momentum = 1.0
-        for layer in recorder.network.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.eps = 1e-5  # whatever it was: the paper does not speak of it
-        theirs.network.train()(torch.randn(2, 3, SIZE, SIZE))
-        theirs.network.eval()
-        for tensor, other in zip(ours, given, strict=True):
-            tensor.copy_(other.reshape(tensor.shape))
-        images = torch.randn(2, 3, SIZE, SIZE)
-        logits, wanted = forward(recorder.network, images), theirs.network(images)
-    difference = (logits - wanted).norm() / (wanted[0] - wanted[1]).norm()
+        for (tensor, _), value in zip(record.used, theirs.learned, strict=True):
+            tensor.copy_(value.reshape(tensor.shape))
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = 1e-5  # the paper does not fix it
+    known = {parameter.data_ptr(): (name, parameter) for name, parameter in network.named_parameters()}
+    parameters = [(*known[tensor.data_ptr()], layer) for tensor, layer in record.used if tensor.data_ptr() in known]
+    network.train(training).zero_grad()
+    images = theirs.images.clone().requires_grad_()
+    logits = submission.forward(images.clone(), type(record)(record.size), note=in_mode(training))
+    (logits * theirs.direction).sum().backward()
+    network.eval()
+    wanted, gradients = theirs.results[training]
+    difference = relative(logits.detach() - wanted, wanted[0] - wanted[1])
     expect(
         difference < 0.01,
-        f"with torchvision's weights, layer by layer, the logits differ from torchvision's by {difference:.0%} of what they differ"
-        " from image to image. If all tests above pass, the layers are right, and something between them is not.",
+        f"{in_mode(training)}with torchvision's weights, layer by layer, the logits differ from torchvision's by"
+        f" {difference:.0%} of their difference between two images. All layers are correct, so something between them is"
+        " not.",
     )
+    image_gradient = torch.zeros_like(images) if images.grad is None else images.grad
+    found = [("the image", image_gradient, -1), *((f"'{name}'", parameter.grad, layer) for name, parameter, layer in parameters)]
+    errors = [relative(one - other.reshape(one.shape), other) for (_, one, _), other in zip(found, gradients, strict=True)]
+    faults = [index for index, error in enumerate(errors) if error > 0.01]
+    if faults:  # gradients flow from the last layer to the first: the last fault is nearest to its cause
+        name, gradient, layer = found[faults[-1]]
+        expect(False, f"{in_mode(training)}the gradient of {name} differs from torchvision's by {errors[faults[-1]]:.0%}. "
+                      f"{explain_gradient(theirs, training, faults[-1], gradient, layer)}")  # fmt: skip
+
+
+def explain_gradient(theirs, training, index, gradient, layer):
+    """Return where the gradient stops. `gradient`: the last one that differs from the reference, of layer number `layer`."""
+    expected = expected_layers()
+    after = re.sub(", (expansion|depthwise convolution|projection)$", "", expected[layer + 1].name)
+    blocks_before = sum("projection" in expected[i].name for i in range(layer + 1))
+    if 0 < blocks_before < 17 and "projection" in expected[layer].name:
+        block = theirs.network.features[blocks_before + 1]
+        if block.use_res_connect:
+            block.forward = lambda x: x.detach() + block.conv(x)
+            cut = theirs.run(training)[1][index]
+            del block.forward
+            if relative(gradient - cut.reshape(gradient.shape), cut) < 0.01:
+                return f"The gradient stops in the shortcut of {after}: .detach(), .data or no_grad cuts it; write x + ..."
+    return (
+        f"Those of all later layers agree, so the gradient stops or changes in {after}, or directly in front of it: look"
+        " for .detach(), .data and no_grad."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- width
+
+
+@criterion("width")
+@pytest.mark.parametrize("width", (0.35, 0.5, 0.75, 1.4))
+def test_width_multiplier(submission, width):
+    if not submission.accepts(WIDTH_NAMES):
+        pytest.skip(f"no width_mult; the parameters of MobileNetV2 are {submission.signature}")
+    network = submission.build(width=width)
+    note = f"width_mult={width}, "
+    layers = submission.record_structure(submission.structure.size, network, note).layers
+    wanted = submission.expected(width)
+    expect(len(layers) == len(wanted), f"{note}{len(layers)} layers with weights run, expected {len(wanted)}.")
+    for found, expected in zip(layers, wanted, strict=True):
+        channels, wanted = [(layer.in_channels, layer.out_channels) for layer in (found, expected)]
+        why = f"multiply channels by {width}, then round to the nearest multiple of 8, but not below 90%, as in TensorFlow's code"
+        if "head" in expected.name and channels[1] != wanted[1]:
+            why = "below 1.0 the head keeps 1280 channels, above 1.0 it grows with the others (§4)"
+        expect(
+            channels == wanted,
+            f"{note}{expected.name}: from {channels[0]} to {channels[1]} channels, expected from {wanted[0]} to"
+            f" {wanted[1]}: {why}.",
+        )
 
 
 # =========================================================================== the other tests of mobilenetv2.py
@@ -714,10 +723,15 @@ PUBLISHED = [
 ]
 
 
+@functools.lru_cache
+def model_without_numbers(width):
+    with torch.device("meta"):
+        return MobileNetV2(width_mult=width)
+
+
 @pytest.mark.parametrize("width, size, million_macs, million_parameters", PUBLISHED)
 def test_costs_equal_the_published_ones(width, size, million_macs, million_parameters):
-    with torch.device("meta"):  # shapes without numbers
-        model = MobileNetV2(width_mult=width)
+    model = model_without_numbers(width)
     assert count_macs(model, size) // 1_000_000 == million_macs
     assert round(count_parameters(model, batch_norm=False) / 1e6, 2) == million_parameters
 
@@ -825,11 +839,20 @@ def test_script_refuses_bad_options_in_one_line(option, monkeypatch, capsys):
 ROW = {"epoch": 1, "stage": "scratch", "train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": 0.5}
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Bytes of a checkpoint, made once."""
     model = randomise(MobileNetV2(num_classes=3, width_mult=0.35, output_stride=8))
-    path = tmp_path / "runs" / "model.pt"
+    path = tmp_path_factory.mktemp("saved") / "runs" / "model.pt"
     save_checkpoint(path, model, ["a", "b", "鬱金香"], PREPROCESSING, [ROW])
+    return path.read_bytes()
+
+
+@pytest.fixture
+def checkpoint(saved, tmp_path):
+    path = tmp_path / "runs" / "model.pt"
+    path.parent.mkdir()
+    path.write_bytes(saved)
     return path
 
 
@@ -889,7 +912,9 @@ class Hostile:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", (lambda path: path.write_bytes(pickle.dumps(Hostile())), lambda path: torch.save(Hostile(), path)))
+@pytest.mark.parametrize(
+    "write", (lambda path: path.write_bytes(pickle.dumps(Hostile())), lambda path: torch.save(Hostile(), path))
+)
 def test_pickle_that_would_run_code_is_refused(write, tmp_path, capsys):
     write(tmp_path / "hostile.pt")
     assert_refused(tmp_path / "hostile.pt", "damaged, or more than tensors and plain values")
