@@ -202,10 +202,8 @@ def distort(images, size):
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images, count = images.float() / 255, len(images)
-
     def uniform(limit, *shape):  # one value per image, from -limit to limit
         return (2 * torch.rand(count, *shape, device=images.device) - 1) * limit
-
     angle, shear = uniform(0.25), uniform(0.35)  # radians; tangent of the slant
     scale_x, scale_y = uniform(0.25).exp(), uniform(0.25).exp()
     cos, sin = angle.cos(), angle.sin()
@@ -549,10 +547,8 @@ def parse_arguments(description, defaults, saved=()):
         if (value is None and unset) or isinstance(kind, list):
             continue
         if not isinstance(value, kind) or value not in choices or not low <= value <= high:
-            fix = f"use a value from {low} to {high}"
-            raise DataError(f"--{name.replace('_', '-')} {value}: {fix}")
-    root = Path(args.data).resolve()
-    if args.data not in PREPROCESSING and args.out.resolve().is_relative_to(root):
+            raise DataError(f"--{name.replace('_', '-')} {value}: use a value from {low} to {high}")
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if APPLE else "cpu"

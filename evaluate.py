@@ -83,10 +83,8 @@ def classification_report(confusion):
 
 def format_report(report, scores, classes):
     """Format the report as a table with one line per class, like scikit-learn's."""
-
     def columns(name):  # in a terminal, where a Chinese character takes two
         return len(name) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in name)
-
     width = max(map(columns, (*classes, "weighted avg")))
     support = {"support": sum(row["support"] for row in report["per_class"])}
     averages = {f"{name} avg": report[name] | support for name in ("macro", "weighted")}

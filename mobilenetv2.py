@@ -290,10 +290,9 @@ def load_checkpoint(source, output_stride=None):
         if source == "imagenet":  # 13.6 MB, downloaded once
             checkpoint = torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **safe)
         else:
-            if Path(source).exists() and not Path(source).is_file():
-                raise ValueError("no regular file")  # reading a device might never end
-            if zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip():
-                raise ValueError("damaged: a checksum differs")
+            device = Path(source).exists() and not Path(source).is_file()  # it might never end
+            if device or (zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip()):
+                raise ValueError("no regular file" if device else "damaged: a checksum differs")
             checkpoint = torch.load(source, **safe)
         if "features.0.0.weight" in checkpoint:
             checkpoint = torchvision_checkpoint(checkpoint)
@@ -355,7 +354,6 @@ def measure_layers(module, shape):
     def hook(layer, inputs, output):
         macs = output[0].numel() * layer.weight[0].numel()
         measured.append((tuple(inputs[0].shape[1:]), tuple(output.shape[1:]), macs))
-
     module = copy.deepcopy(module).to("meta").eval()  # the meta device computes only shapes
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

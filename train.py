@@ -240,9 +240,8 @@ def check_classes(last, dataset):
 def restore(args, last, model, optimizer, scheduler):
     """Load the states in last.pt. Raises DataError if they do not fit."""
     with data.reading(f"cannot continue '{args.out / 'last.pt'}'", "use --overwrite"):
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scheduler.load_state_dict(last["scheduler"])
+        for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+            part.load_state_dict(last[name])
         trial, rates = copy.deepcopy((optimizer, scheduler))  # try a step with gradients of zero
         trial.state.default_factory = None  # a missing state is a KeyError
         for parameter in (p for group in trial.param_groups for p in group["params"]):
@@ -272,8 +271,7 @@ def parse_arguments(description, defaults):
             if "settings" not in last or ("recipe" in last["settings"]) != ("recipe" in args):
                 raise ValueError("it is not the last.pt of such a run")
             args = data.parse_arguments(description, shared | defaults, last["settings"])
-            epoch = last["history"][-1]["epoch"]
-        print(f"{path}: continues after epoch {epoch}, with the settings of this run")
+            print(f"{path}: continues with its settings after epoch {last['history'][-1]['epoch']}")
         return args, last
     if path.exists() and not args.overwrite:
         fix = "use --resume, --overwrite or another --out"
