@@ -67,8 +67,7 @@ FOLDER_EPOCH = 320  # a small folder is repeated until an epoch has this many im
 # Channels last is faster; on Apple's GPUs, gradients are 30 times slower (pytorch/pytorch#193349).
 APPLE = torch.backends.mps.is_available()
 MEMORY_FORMAT = torch.contiguous_format if APPLE else torch.channels_last
-# torchrun starts several processes of a script and numbers them by rank.
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 
 class DataError(ValueError):
     """Data or an option that cannot be used. The message names the problem and the fix."""
@@ -322,8 +321,8 @@ def read_idx(path):
     unpack = gzip.open if path.suffix == ".gz" else open
     with reading(f"'{path}' is damaged", "download it again"), unpack(path, "rb") as file:
         shape = numpy.frombuffer(file.read(4 * file.read(4)[3]), ">u4")
-        count = min(shape.prod(dtype=float), 10**9)  # enough for each dataset
-        contents = file.read(int(count) + 1)  # gzip verifies its checksum at the end of the file
+        # As many bytes as announced. One more: at the end, gzip verifies its checksum.
+        contents = file.read(int(min(shape.prod(dtype=float), 1e9)) + 1)
         return torch.from_numpy(numpy.frombuffer(contents, numpy.uint8).reshape(shape).copy())
 
 FLOWERS = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
@@ -541,10 +540,10 @@ def parse_arguments(description, defaults, saved=()):
     args = parser.parse_args()
     vars(args).update({name: saved[name] for name in vars(args).keys() & saved})
     for name, value in vars(args).items():
-        kind, allowed, _, *unset = OPTIONS[name]
+        kind, allowed, *_ = OPTIONS[name]
         low, high = allowed if isinstance(allowed, tuple) else (value, value)
         choices = allowed if isinstance(allowed, list) else [value]
-        if (value is None and unset) or isinstance(kind, list):
+        if isinstance(kind, list) or (value is None and parser.get_default(name) is None):
             continue
         if not isinstance(value, kind) or value not in choices or not low <= value <= high:
             raise DataError(f"--{name.replace('_', '-')} {value}: use a value from {low} to {high}")

@@ -246,6 +246,7 @@ def restore(args, last, model, optimizer, scheduler):
         trial.state.default_factory = None  # a missing state is a KeyError
         for parameter in (p for group in trial.param_groups for p in group["params"]):
             parameter.grad = torch.zeros_like(parameter)
+        trial.step()
         rates.step()
         trial.step()
 
@@ -268,7 +269,8 @@ def parse_arguments(description, defaults):
     if args.resume and path.exists():
         _, last = load_checkpoint(path)
         with data.reading(f"cannot continue '{path}'", "use --overwrite"):
-            if "settings" not in last or ("recipe" in last["settings"]) != ("recipe" in args):
+            own = {"recipe", "unfreeze"} & vars(args).keys()  # of train.py, of finetune.py
+            if not own <= {*last.get("settings", ())}:
                 raise ValueError("it is not the last.pt of such a run")
             args = data.parse_arguments(description, shared | defaults, last["settings"])
             print(f"{path}: continues with its settings after epoch {last['history'][-1]['epoch']}")
