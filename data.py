@@ -321,8 +321,7 @@ def read_idx(path):
     unpack = gzip.open if path.suffix == ".gz" else open
     with reading(f"'{path}' is damaged", "download it again"), unpack(path, "rb") as file:
         shape = numpy.frombuffer(file.read(4 * file.read(4)[3]), ">u4")
-        # As many bytes as announced. One more: at the end, gzip verifies its checksum.
-        contents = file.read(int(min(shape.prod(dtype=float), 1e9)) + 1)
+        contents = file.read(int(min(shape.prod(dtype=float), 1e9)) + 1)  # the end has a checksum
         return torch.from_numpy(numpy.frombuffer(contents, numpy.uint8).reshape(shape).copy())
 
 FLOWERS = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"

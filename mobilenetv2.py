@@ -300,7 +300,8 @@ def load_checkpoint(source, output_stride=None):
         with torch.device("meta"):  # no memory and no random numbers until the file's tensors come
             model = MobileNetV2(**arch)
         model.load_state_dict(checkpoint["model"], strict=True, assign=True)
-        if any(w.untyped_storage().nbytes() < w.nbytes for w in model.state_dict().values()):
+        weights = checkpoint["model"].values()
+        if any(w.is_meta or w.untyped_storage().nbytes() < w.nbytes for w in weights):
             raise ValueError("weights that are larger than the file")
         logits = model.float().eval()(torch.zeros(1, 3, 8, 8))  # fails for unusual tensors
         if not logits.isfinite().all() or not 0 <= model.dropout.p <= 1:
@@ -314,7 +315,7 @@ def load_checkpoint(source, output_stride=None):
         usable = type(size) is type(channels) is int and 8 <= size <= 1024 and channels in (1, 3)
         if not (usable and 0 < crop <= 1 and 0 < std.min() and (mean / std + std).isfinite().all()):
             raise ValueError("a value is out of range")
-        part, row = "history: ", "{stage:s} {epoch:d} {train_loss:f} {train_top1:f} {val_loss:f}"
+        part, row = "history: ", "{stage:s} {epoch:f} {train_loss:f} {train_top1:f} {val_loss:f}"
         if not all(row.format(**r) and 0 <= r["val_top1"] <= 1 for r in checkpoint["history"]):
             raise ValueError("a value is out of range")
     except Exception as error:  # a damaged file makes torch.load raise almost anything
