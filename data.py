@@ -30,7 +30,7 @@ import sys
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,15 +64,21 @@ PREPROCESSING = {
 }
 REPEATS = {"glyphs": 32, "digits": 4}  # passes per epoch, each with new augmentations
 FOLDER_EPOCH = 320  # a small folder is repeated until an epoch has this many images.
-# Convolutions are faster with all channels of a pixel together, but gradients on Apple's GPUs are
-# 30 times slower (pytorch/pytorch#193349).
+# Channels last is faster; on Apple's GPUs, gradients are 30 times slower (pytorch/pytorch#193349).
 APPLE = torch.backends.mps.is_available()
 MEMORY_FORMAT = torch.contiguous_format if APPLE else torch.channels_last
-# torchrun starts several processes of a script and numbers them by rank.
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 
 class DataError(ValueError):
     """Data or an option that cannot be used. The message names the problem and the fix."""
+
+@contextmanager
+def reading(problem, fix):
+    """Turn any exception into a DataError: a damaged file makes libraries raise almost anything."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{problem} ({str(error)[:200]}); {fix}") from error
 
 @dataclass
 class Data:
@@ -101,8 +107,7 @@ class Data:
         if PROCESSES > 1 and min(len(labels), self.batch_size) < 2 * PROCESSES:
             raise DataError(f"{PROCESSES} processes: too few images, or raise --batch-size")
         if indices is None:
-            # Each process of torchrun has a share. Shares of "train" are equal, so that all take
-            # the same number of steps. This drops at most a few images.
+            # Each process has a share. Those of "train" are equal, as are the numbers of steps.
             end = len(labels) - len(labels) % PROCESSES if split == "train" else len(labels)
             indices = torch.arange(RANK, end, PROCESSES)
         source = (images[indices.numpy()], labels[indices], self.preprocessing)
@@ -118,18 +123,15 @@ class Data:
         return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers)
 
 def load_data(name, preprocessing=None, per_class=None, seed=0, data_dir="datasets", **options):
-    """Load a dataset by name (a key of PREPROCESSING) or folder. Returns Data.
+    """Load a dataset by name (a key of PREPROCESSING) or folder. Returns Data; raises DataError.
 
     preprocessing: values that replace the dataset's own, for example a checkpoint's.
     per_class: training images per class, chosen by `seed`. options: fields of `Data`.
-    Raises DataError for unusable data.
     """
     preprocessing = PREPROCESSING.get(name, PHOTOS) | (preprocessing or {})
     size, augment, repeats = preprocessing["image_size"], distort, REPEATS.get(name, 1)
-    if name == "glyphs":
-        classes, splits = load_glyphs(size)
-    elif name == "digits":
-        classes, splits = load_digits(size)
+    if name in ("glyphs", "digits"):
+        classes, splits = (load_glyphs if name == "glyphs" else load_digits)(size)
     elif name in PUBLISHED:
         classes, splits = load_published(name, Path(data_dir), size)
         augment = PUBLISHED[name][1]
@@ -164,13 +166,10 @@ class ArrayDataset(Dataset):
         return normalise(images, self.preprocessing), self.labels[indices].to(self.device)
 
 def normalise(images, preprocessing):
-    """Subtract mean, divide by std: (N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S).
-
-    A grayscale image fills all three channels.
-    """
+    """Subtract mean, divide by std: (N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S)."""
     mean = 255 * torch.tensor(preprocessing["mean"], device=images.device).view(3, 1, 1)
     std = 255 * torch.tensor(preprocessing["std"], device=images.device).view(3, 1, 1)
-    return (images - mean) / std
+    return (images - mean) / std  # a grayscale image fills all three channels
 
 def resize(images, size):
     """Resize (N, C, H, W) of any type -> float (N, C, size, size), bilinear."""
@@ -202,10 +201,8 @@ def distort(images, size):
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images, count = images.float() / 255, len(images)
-
     def uniform(limit, *shape):  # one value per image, from -limit to limit
         return (2 * torch.rand(count, *shape, device=images.device) - 1) * limit
-
     angle, shear = uniform(0.25), uniform(0.35)  # radians; tangent of the slant
     scale_x, scale_y = uniform(0.25).exp(), uniform(0.25).exp()
     cos, sin = angle.cos(), angle.sin()
@@ -231,8 +228,7 @@ def distort(images, size):
     return (images + noise).clamp(0, 1) * 255
 
 # ------------------------------------------------------------------------------- glyphs and digits
-# The classes of EMNIST "balanced" (Cohen et al., arXiv:1702.05373): no lower-case letter that looks
-# like its capital.
+# As in EMNIST "balanced" (arXiv:1702.05373): no lower-case letter that looks like its capital.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
 # Validation and test use held-out fonts, to measure accuracy on unknown fonts.
 SANS = ("", "-Bold", "-Oblique", "-BoldOblique")
@@ -275,7 +271,8 @@ def load_digits(size):
     scikit-learn's example. In the first half, every fifth image of a digit is for validation (184),
     the others for training (714). These share writers: validation accuracy is a little too high.
     """
-    with numpy.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
+    path = Path(__file__).with_name("digits.npz")
+    with reading(f"'{path}' is damaged", "clone the project again"), numpy.load(path) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
     images = (counts[:, None] * (255 / 16)).round()  # (1797, 1, 8, 8)
     images = resize(images, size).round().byte()
@@ -297,22 +294,21 @@ def load_published(name, data_dir, size):
     kind, _ = PUBLISHED[name]
     names = ("train-images?idx3", "train-labels?idx1", "t10k-images?idx3", "t10k-labels?idx1")
     found = [sorted(filter(Path.is_file, data_dir.glob(f"{part}-ubyte*"))) for part in names]
-    try:
-        if all(found) and name != "cifar10":  # in data_dir itself, compressed or not
-            arrays, classes = [read_idx(paths[0]) for paths in found], kind.classes
-        else:
+    if all(found) and name != "cifar10":  # in data_dir itself, compressed or not
+        arrays, classes = [read_idx(paths[0]) for paths in found], kind.classes
+    else:
+        source = kind.url if name == "cifar10" else f"the four .gz files of {kind.mirrors[0]}"
+        fix = f"download {source} into '{data_dir}', or use --data-dir"
+        with reading(f"--data {name}: no files, and no download", fix):
             parts = [kind(data_dir, train, download=True) for train in (True, False)]
             arrays = [torch.as_tensor(a) for part in parts for a in (part.data, part.targets)]
             classes = parts[0].classes
-    except (OSError, RuntimeError) as error:
-        source = kind.url if name == "cifar10" else f"the four .gz files of {kind.mirrors[0]}"
-        fix = f"download {source} into '{data_dir}', or use --data-dir"
-        raise DataError(f"--data {name}: no files, and no download ({error}); {fix}") from error
     cut = len(arrays[0]) - max(len(arrays[0]) // 10, 1)
     splits = {"train": [a[:cut] for a in arrays[:2]], "val": [a[cut:] for a in arrays[:2]]}
     for split, (images, labels) in (splits | {"test": arrays[2:]}).items():
         if images.shape[:1] != labels.shape:
-            raise DataError(f"'{data_dir}': {len(images)} images, {len(labels)} labels: replace it")
+            problem = f"{split} has {len(images)} images, {len(labels)} labels"
+            raise DataError(f"'{data_dir}': {problem}: replace it")
         # (N, H, W), or (N, H, W, 3) in CIFAR-10 -> (N, C, H, W)
         images = images[:, None] if images.dim() == 3 else images.movedim(3, 1)
         if size <= 64:  # resize once, not in every epoch; larger images would fill the memory
@@ -322,14 +318,11 @@ def load_published(name, data_dir, size):
 
 def read_idx(path):
     """Read LeCun's IDX format: 2 zeros, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
-    try:
-        contents = path.read_bytes()
-        contents = gzip.decompress(contents) if path.suffix == ".gz" else contents
-        shape = numpy.frombuffer(contents, ">u4", count=contents[3], offset=4)
-        array = numpy.frombuffer(contents, numpy.uint8, offset=4 + shape.nbytes).reshape(shape)
-        return torch.from_numpy(array.copy())
-    except Exception as error:  # gzip and numpy raise many types
-        raise DataError(f"'{path}' is damaged ({error}): download it again") from error
+    unpack = gzip.open if path.suffix == ".gz" else open
+    with reading(f"'{path}' is damaged", "download it again"), unpack(path, "rb") as file:
+        shape = numpy.frombuffer(file.read(4 * file.read(4)[3]), ">u4")
+        contents = file.read(int(min(shape.prod(dtype=float), 1e9)) + 1)  # the end has a checksum
+        return torch.from_numpy(numpy.frombuffer(contents, numpy.uint8).reshape(shape).copy())
 
 FLOWERS = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
@@ -339,21 +332,20 @@ def fetch_flowers(data_dir):
     folder, archive = data_dir / "flower_photos", data_dir / "flower_photos.tgz"
     if folder.is_dir():
         return folder
-    try:
+    fix = f"delete '{archive}' if it exists, and download {FLOWERS} again"
+    with reading("--data flowers: no photos", fix):
         data_dir.mkdir(parents=True, exist_ok=True)
         if not archive.is_file():
             torch.hub.download_url_to_file(FLOWERS, archive, FLOWERS_SHA256)
         with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
             shutil.unpack_archive(archive, temporary, filter="data")  # stays in `temporary`
             return Path(temporary, folder.name).rename(folder)
-    except Exception as error:  # tarfile raises many types
-        fix = f"delete '{archive}' if it exists, and download {FLOWERS} again"
-        raise DataError(f"--data flowers: no photos ({error}); {fix}") from error
 
 # ------------------------------------------------------------------------------- folders of photos
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 warnings.filterwarnings("ignore", module="PIL")  # large images and unusual EXIF data are readable
+Image.MAX_IMAGE_PIXELS = 60 * 10**6  # PIL raises an error for more than twice as many
 
 class PhotoDataset(Dataset):
     """Photos on disk: `paths` (N,) and labels int64 (N,)."""
@@ -380,7 +372,9 @@ class PhotoDataset(Dataset):
 
 def open_image(path, preprocessing):
     """Decode a file to an upright PIL image in RGB. Raises DataError."""
-    try:
+    with reading(f"'{path}': cannot read this image", "remove it"):
+        if path.exists() and not path.is_file():  # reading a pipe might never end
+            raise ValueError("it is no regular file")
         # Without `formats`, PIL would also open an EPS file, and start Ghostscript for it.
         with Image.open(path, formats=("JPEG", "PNG", "BMP", "WEBP", "GIF")) as image:
             # Decode a JPEG at 1/2, 1/4 or 1/8 if that leaves twice the image size, enough for the
@@ -390,13 +384,11 @@ def open_image(path, preprocessing):
             with suppress(Exception):  # damaged EXIF data do not harm the pixels
                 image = ImageOps.exif_transpose(image)  # EXIF has the orientation of a phone
             if image.mode.startswith("I"):  # 16 bits: 65535 is white, but PIL would cut at 255
-                image = Image.fromarray((numpy.asarray(image) / 257).astype(numpy.uint8))
+                image = Image.fromarray((numpy.asarray(image) // 257).astype(numpy.uint8))
             if "A" in image.mode or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("L" if preprocessing["channels"] == 1 else "RGB").convert("RGB")
-    except Exception as error:  # a damaged file makes PIL raise almost anything
-        raise DataError(f"'{path}': cannot read this image ({error}); remove it") from error
 
 def is_readable(path):
     """Tell whether a file is an image. Only decoding shows whether a JPEG is complete."""
@@ -435,10 +427,7 @@ def list_folder(root):
     return classes, paths, torch.tensor(labels)
 
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
-    """Split each class by hashes of its paths, which stay the same if the folder moves or grows.
-
-    Returns one index array per share, and one for the rest, the training images.
-    """
+    """Split each class by hashes of its paths, which stay the same if the folder moves or grows."""
     names = [normalize("NFC", path.relative_to(root).as_posix()) for path in paths]
     hashes = [hashlib.sha256(f"{salt}{name}".encode()).digest() for name in names]
     parts = []  # per class: one index array per share, and the rest
@@ -446,9 +435,10 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
         indices = sorted((labels == label).nonzero().flatten().tolist(), key=hashes.__getitem__)
         counts = [max(round(len(indices) * share), 1) if share else 0 for share in shares]
         if sum(counts) >= len(indices):
-            raise DataError(f"'{paths[indices[0]].parent}': {len(indices)} images are too few")
+            name = paths[indices[0]].parent
+            raise DataError(f"'{name}': {len(indices)} images are too few; add some")
         parts.append(numpy.split(numpy.array(indices), numpy.cumsum(counts)))
-    return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]
+    return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]  # shares, training
 
 def load_folder(root):
     """List class folders, or train, val and test; no val: it gets a fifth of each class."""
@@ -529,8 +519,8 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "with_preprocessing": (bool, None, "take uint8 images, and return probabilities"),
 }
 
-def parse_arguments(description, defaults):
-    """Parse the command line. The script has the options in `defaults`, and five common ones."""
+def parse_arguments(description, defaults, saved=()):
+    """Parse the options in `defaults`, and five more; `saved` has the settings of a resumed run."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line
     workers = 4 if torch.cuda.is_available() else 0  # on a CPU they would compete with the network
@@ -547,17 +537,21 @@ def parse_arguments(description, defaults):
             text += f" (default: {unset[0] if default is None else default})"
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **settings)
     args = parser.parse_args()
+    vars(args).update({name: saved[name] for name in vars(args).keys() & saved})
     for name, value in vars(args).items():
-        limits = OPTIONS[name][1]
-        if isinstance(limits, tuple) and value is not None and not limits[0] <= value <= limits[1]:
-            option = f"--{name.replace('_', '-')} {value}"
-            parser.error(f"{option}: use a value from {limits[0]} to {limits[1]}")
+        kind, allowed, *_ = OPTIONS[name]
+        low, high = allowed if isinstance(allowed, tuple) else (value, value)
+        choices = allowed if isinstance(allowed, list) else [value]
+        if isinstance(kind, list) or (value is None and parser.get_default(name) is None):
+            continue
+        if not isinstance(value, kind) or value not in choices or not low <= value <= high:
+            raise DataError(f"--{name.replace('_', '-')} {value}: use a value from {low} to {high}")
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
+        parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if APPLE else "cpu"
-    try:
+    with reading(f"--device {args.device}: not available on this machine", "use auto or cpu"):
         torch.ones(1, device=args.device).item()
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device}: not available on this machine; use auto or cpu")
     return args
 
 def load_for(args, preprocessing=None):

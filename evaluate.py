@@ -83,10 +83,8 @@ def classification_report(confusion):
 
 def format_report(report, scores, classes):
     """Format the report as a table with one line per class, like scikit-learn's."""
-
     def columns(name):  # in a terminal, where a Chinese character takes two
         return len(name) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in name)
-
     width = max(map(columns, (*classes, "weighted avg")))
     support = {"support": sum(row["support"] for row in report["per_class"])}
     averages = {f"{name} avg": report[name] | support for name in ("macro", "weighted")}
@@ -222,8 +220,7 @@ def write_predictions(path, names, labels, logits, classes):
 def load_test(args):
     """Load the network of --checkpoint, and the dataset of --data as the network expects it.
 
-    Returns (model, checkpoint, dataset, split): "test", or "val" if there is no test split.
-    Raises DataError if their classes differ.
+    Returns (model, checkpoint, dataset, "test" or "val"). Raises DataError if the classes differ.
     """
     model, checkpoint = load_checkpoint(args.checkpoint)
     dataset = data.load_for(args, checkpoint["preprocessing"])

@@ -18,6 +18,7 @@ take uint8 images (N, channels, S, S) and return probabilities. Terms used here:
 """
 
 import copy
+import io
 import json
 import logging
 import statistics
@@ -76,15 +77,18 @@ class WithPreprocessing(nn.Module):
 # ------------------------------------------------------------------------------------------ formats
 def export_torchscript(network, example, path, metadata, _):
     traced = torch.jit.freeze(torch.jit.trace(network, example))
-    torch.jit.save(traced, path, _extra_files={f"{key}.json": metadata[key] for key in metadata})
+    buffer, texts = io.BytesIO(), {f"{key}.json": text for key, text in metadata.items()}
+    torch.jit.save(traced, buffer, texts)  # with a path, a full disk would abort the process
+    path.write_bytes(buffer.getvalue())
 
 def export_pt2(network, example, path, metadata, _):
     program = torch.export.export(network, (example,), dynamic_shapes=BATCH)
-    torch.export.save(program, path, extra_files={f"{key}.json": metadata[key] for key in metadata})
+    buffer, texts = io.BytesIO(), {f"{key}.json": text for key, text in metadata.items()}
+    torch.export.save(program, buffer, extra_files=texts)
+    path.write_bytes(buffer.getvalue())
 
 def export_onnx(network, example, path, metadata, _):
     import onnx
-
     output = "probabilities" if isinstance(network, WithPreprocessing) else "logits"
     names = {"input_names": ["input"], "output_names": [output], "dynamic_shapes": BATCH}
     model = torch.onnx.export(network, (example,), dynamo=True, verbose=False, **names).model_proto
@@ -101,10 +105,8 @@ def export_int8(network, example, path, metadata, calibration):
     products of unsigned and signed numbers in 16 bits, which can overflow.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
     class Reader(CalibrationDataReader):
         batches = ({"input": images.numpy()} for images in calibration)
-
         def get_next(self):
             return next(self.batches, None)
 
@@ -119,7 +121,6 @@ def load_pt2(path):
 
 def load_onnx(path):
     import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options)
@@ -190,7 +191,7 @@ def main():
     metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in report.items()}
     how = (dataset, split, pixels, torch.get_num_threads())
     expected, reference = measure(lambda _: network, None, *how)
-    accuracy, faults = reference["accuracy"], []
+    accuracy, made, faults = reference["accuracy"], [], []
     report["verified_on"] = f"{len(expected)} images of {args.data} ({split})"
     report |= {"with_preprocessing": pixels, "network": reference, "formats": {}}
     row = "{:<21} {:>6} {:>11} {:>9} {:>11}".format
@@ -205,13 +206,15 @@ def main():
             path = Path(folder, file)
             try:
                 export(folded, example, path, metadata, calibration)
+                made.append(file)
                 result = verify(name, load, path, expected, accuracy, pool, *how)
             except ImportError as error:
                 print(f"no {name} ({error}): pip install -r requirements-onnx.txt", file=sys.stderr)
                 continue
             except Exception as error:  # an exporter or a runtime may raise anything
                 faults.append(f"{file} ({error})")
-                (args.out / file).unlink(missing_ok=True)  # an older file has another network
+                if file in made:  # and faulty: an older file has another network
+                    (args.out / file).unlink(missing_ok=True)
                 continue
             write_file(args.out / file, path.read_bytes())
             report["formats"][file] = result

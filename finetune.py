@@ -86,8 +86,7 @@ def main():
         optimizer = torch.optim.AdamW(groups)  # Loshchilov and Hutter, arXiv:1711.05101
         scheduler = LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(train_batches)))
         if last and history[-1]["stage"] == stage:
-            optimizer.load_state_dict(last["optimizer"])
-            scheduler.load_state_dict(last["scheduler"])
+            train.restore(args, last, model, optimizer, scheduler)
         wrapped = train.wrap(network, args)
         while not train.is_finished(history, stage, epochs, args.patience):
             torch.manual_seed(hash((args.seed, len(history), data.RANK)))
@@ -99,7 +98,7 @@ def main():
             row |= {"learning_rate": scheduler.get_last_lr()[-1]}
             history.append({"epoch": len(history) + 1, "stage": stage} | row)
             train.save_epoch(args, model, dataset, history, optimizer, scheduler)
-    train.finish(args, history)
+    train.finish(args, dataset, history)
 
 def divide(model, count):
     """Cut the backbone into two parts, which follow each other:

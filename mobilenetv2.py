@@ -20,6 +20,7 @@ import copy
 import io
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -120,9 +121,8 @@ class MobileNetV2(nn.Module):
 
     Args:
         num_classes: number of logits.
-        width_mult: width multiplier (§4), from 0.05 to 4. It scales the channels of every
-            layer, but below width 1.0 the head keeps 1280 channels, because a thin network still
-            has to separate as many classes.
+        width_mult: width multiplier (§4) of all channels, from 0.05 to 4. Below 1.0 the head
+            keeps 1280 channels, because a thin network still has to separate as many classes.
         dropout: probability before the classifier. The paper gives none; torchvision has 0.2.
         output_stride: ratio of image size to the size of the last feature map: 32 (the paper),
             16 or 8. An image of 32 pixels ends as 1×1, 2×2 or 4×4, each step costs about 3 times
@@ -178,13 +178,10 @@ def initialise(module):
 
     Convolutions: normal with variance 2 / (kernel area · output channels), the "fan out" of He et
     al. (arXiv:1502.01852), which keeps gradients of similar size in all layers. A depthwise
-    convolution is counted as a dense one. Classifier: normal with std 0.01.
+    convolution is counted as a dense one. Classifier: std 0.01. BatchNorm keeps PyTorch's 1 and 0.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.01)
         nn.init.zeros_(module.bias)
@@ -236,8 +233,7 @@ def to_torchvision(state_dict):
 
 # ------------------------------------------------------------------------------------- checkpoints
 IMAGENET_URL = "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth"
-# Preprocessing for torchvision's ImageNet weights (MobileNet_V2_Weights.IMAGENET1K_V2): resize the
-# shorter side to 232 pixels, then crop the central 224.
+# torchvision's for MobileNet_V2_Weights.IMAGENET1K_V2: shorter side 232 pixels, the central 224.
 IMAGENET_PREPROCESSING = {"image_size": 224, "crop": 224 / 232, "channels": 3}
 IMAGENET_PREPROCESSING |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 warnings.filterwarnings("ignore", "Detected pickle protocol")  # the CheckpointError is enough
@@ -266,6 +262,7 @@ def write_file(path, contents):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.unlink(missing_ok=True)  # left by a killed run, or a link to another file
         temporary.write_bytes(contents)
         temporary.replace(path)
     except OSError as error:
@@ -288,29 +285,41 @@ def load_checkpoint(source, output_stride=None):
     Raises CheckpointError if the file is missing, damaged, unsafe or from another network.
     """
     # A pickle can run any code when it is loaded. weights_only=True accepts only data.
-    options = {"map_location": "cpu", "weights_only": True}
+    part, safe = "", {"map_location": "cpu", "weights_only": True}
     try:
         if source == "imagenet":  # 13.6 MB, downloaded once
-            fetch = torch.hub.load_state_dict_from_url
-            checkpoint = fetch(IMAGENET_URL, check_hash=True, **options)
+            checkpoint = torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **safe)
         else:
-            checkpoint = torch.load(source, **options)
+            device = Path(source).exists() and not Path(source).is_file()  # it might never end
+            if device or (zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip()):
+                raise ValueError("no regular file" if device else "damaged: a checksum differs")
+            checkpoint = torch.load(source, **safe)
         if "features.0.0.weight" in checkpoint:
             checkpoint = torchvision_checkpoint(checkpoint)
-        arch = dict(checkpoint["arch"])
-        if output_stride is not None:
-            arch["output_stride"] = output_stride
-        # The meta device allocates no memory and draws no random numbers. `assign=True` then puts
-        # the tensors of the file in place.
-        with torch.device("meta"):
+        arch = checkpoint["arch"] | ({"output_stride": output_stride} if output_stride else {})
+        with torch.device("meta"):  # no memory and no random numbers until the file's tensors come
             model = MobileNetV2(**arch)
         model.load_state_dict(checkpoint["model"], strict=True, assign=True)
-        if not {"classes", "preprocessing", "history"} <= checkpoint.keys():
-            raise ValueError("no class names, preprocessing or history")
-        if len(checkpoint["classes"]) not in (0, arch["num_classes"]):
-            raise ValueError(f"{len(checkpoint['classes'])} names, {arch['num_classes']} classes")
+        weights = checkpoint["model"].values()
+        if any(w.is_meta or w.untyped_storage().nbytes() < w.nbytes for w in weights):
+            raise ValueError("weights that are larger than the file")
+        logits = model.float().eval()(torch.zeros(1, 3, 8, 8))  # fails for unusual tensors
+        if not logits.isfinite().all() or not 0 <= model.dropout.p <= 1:
+            raise ValueError("NaN or infinity")
+        part, names, count = "classes: ", checkpoint["classes"], arch["num_classes"]
+        if names != [str(name).encode().decode() for name in names] or len(names) not in (0, count):
+            raise ValueError(f"{len(names)} names, {count} classes")
+        part, values = "preprocessing: ", {"crop": 1.0} | checkpoint["preprocessing"]
+        size, crop, channels, *scale = (values[key] for key in IMAGENET_PREPROCESSING)
+        mean, std = torch.tensor(scale).view(2, 3)
+        usable = type(size) is type(channels) is int and 8 <= size <= 1024 and channels in (1, 3)
+        if not (usable and 0 < crop <= 1 and 0 < std.min() and (mean / std + std).isfinite().all()):
+            raise ValueError("a value is out of range")
+        part, row = "history: ", "{stage:s} {epoch:f} {train_loss:f} {train_top1:f} {val_loss:f}"
+        if not all(row.format(**r) and 0 <= r["val_top1"] <= 1 for r in checkpoint["history"]):
+            raise ValueError("a value is out of range")
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = getattr(error, "strerror", None) or f"{part}{type(error).__name__}: {error}"
         if isinstance(error, pickle.UnpicklingError):  # torch would suggest weights_only=False
             reason = "damaged, or more than tensors and plain values"
         fix = "make a checkpoint with train.py or finetune.py, or use imagenet"
@@ -318,7 +327,7 @@ def load_checkpoint(source, output_stride=None):
             fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
         message = f"cannot load '{source}' ({reason[:300]}): {fix}"
         raise CheckpointError(" ".join(message.split())) from error
-    return model.float().eval(), checkpoint
+    return model, checkpoint
 
 def load_pretrained(source, num_classes, output_stride=None):
     """Load a network as `load_checkpoint` does; another `num_classes` gets a new classifier."""
@@ -343,11 +352,9 @@ def measure_layers(module, shape):
     folds into the convolution. Returns [(input shape, output shape, multiply-adds)] without N.
     """
     measured = []
-
     def hook(layer, inputs, output):
         macs = output[0].numel() * layer.weight[0].numel()
         measured.append((tuple(inputs[0].shape[1:]), tuple(output.shape[1:]), macs))
-
     module = copy.deepcopy(module).to("meta").eval()  # the meta device computes only shapes
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -392,8 +399,8 @@ def main():
     try:
         model = MobileNetV2(width_mult=args.width, output_stride=args.output_stride)
         print(table2(model, args.image_size))
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
+    except Exception as error:  # a size may be too large for PyTorch, or for Python
+        parser.error(f"{str(error).splitlines()[0]}: use another value")
 
 if __name__ == "__main__":
     main()

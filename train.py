@@ -14,6 +14,7 @@
     last.pt     checkpoint of the latest epoch, with everything that --resume needs
 """
 
+import copy
 import math
 import os
 import sys
@@ -102,13 +103,10 @@ def main():
     if args.schedule == "exponential":
         factor = partial(exponential, steps_per_epoch=steps)
     scheduler = LambdaLR(optimizer, factor)  # multiplies the peak learning rate
-    loss_function, history = make_loss(args), []
+    loss_function, history = make_loss(args), last["history"] if last else []
     if last:
         check_classes(last, dataset)
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scheduler.load_state_dict(last["scheduler"])
-        history = last["history"]
+        restore(args, last, model, optimizer, scheduler)
     while not is_finished(history, "scratch", args.epochs, args.patience):
         # Seeds order, augmentation and dropout. Hashes of integers are the same in every process.
         torch.manual_seed(hash((args.seed, len(history), data.RANK)))
@@ -118,7 +116,7 @@ def main():
         row |= {"learning_rate": scheduler.get_last_lr()[-1]}  # at the end of the epoch
         history.append({"epoch": len(history) + 1, "stage": "scratch"} | row)
         save_epoch(args, model, dataset, history, optimizer, scheduler)
-    finish(args, history)
+    finish(args, dataset, history)
 
 # ------------------------------------------------------------------- optimizer, schedule and loss
 def parameter_groups(parameters, learning_rate, weight_decay):
@@ -205,9 +203,8 @@ def start(args):
 # ------------------------------------------------------------------------ files of a run, options
 def set_defaults(args, defaults):
     """Set the options that are None, that is, not set on the command line."""
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    known = {name: value for name, value in vars(args).items() if value is not None}
+    vars(args).update(defaults | known)
 
 def is_finished(history, stage, epochs, patience):
     """Tell whether a stage has all its epochs, or its last `patience` epochs have not improved."""
@@ -240,11 +237,26 @@ def check_classes(last, dataset):
     if last["classes"] != dataset.classes:
         raise data.DataError("--resume: the classes of the data have changed; use --overwrite")
 
-def finish(args, history):
+def restore(args, last, model, optimizer, scheduler):
+    """Load the states in last.pt. Raises DataError if they do not fit."""
+    with data.reading(f"cannot continue '{args.out / 'last.pt'}'", "use --overwrite"):
+        for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+            part.load_state_dict(last[name])
+        trial, rates = copy.deepcopy((optimizer, scheduler))  # try a step with gradients of zero
+        trial.state.default_factory = None  # a missing state is a KeyError
+        for parameter in (p for group in trial.param_groups for p in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        trial.step()
+        rates.step()
+        trial.step()
+
+def finish(args, dataset, history):
     """Draw the curves, and print the files and the next command."""
     if data.RANK == 0:
         plot_history(history, args.out / "curves.png")
-    print(f"wrote best.pt, last.pt, log.csv and curves.png to {args.out}")
+    if history[-1]["val_loss"] > math.log(len(dataset.classes)):
+        print("warning: equal probabilities have a lower loss than this; lower --learning-rate")
+    print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
     print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
 
 def parse_arguments(description, defaults):
@@ -256,11 +268,12 @@ def parse_arguments(description, defaults):
     path = args.out / "last.pt"
     if args.resume and path.exists():
         _, last = load_checkpoint(path)
-        settings = last.get("settings", {})
-        if not settings or ("recipe" in settings) != ("recipe" in args):
-            raise data.DataError(f"'{path}' is not the last.pt of such a run: use --overwrite")
-        vars(args).update(settings)
-        print(f"{path}: continues after epoch {last['epoch']}, with the settings of this run")
+        with data.reading(f"cannot continue '{path}'", "use --overwrite"):
+            own = {"recipe", "unfreeze"} & vars(args).keys()  # of train.py, of finetune.py
+            if not own <= {*last.get("settings", ())}:
+                raise ValueError("it is not the last.pt of such a run")
+            args = data.parse_arguments(description, shared | defaults, last["settings"])
+            print(f"{path}: continues with its settings after epoch {last['history'][-1]['epoch']}")
         return args, last
     if path.exists() and not args.overwrite:
         fix = "use --resume, --overwrite or another --out"

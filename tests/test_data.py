@@ -356,7 +356,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(DataError, match=rf"empty \(0 images\).*{fix}"):
         load_data(tmp_path)
     write_image(tmp_path / "empty" / "1.png", (0, 0, 0))
-    with pytest.raises(DataError, match="empty': 1 images are too few"):
+    with pytest.raises(DataError, match="empty': 1 images are too few; add some"):
         load_data(tmp_path)
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=f"train': found no folder{fix}"):
@@ -641,7 +641,7 @@ def test_damaged_idx_files_are_named(tmp_path, idx_files, damage):
         path.write_bytes(pack(idx_files["train-images-idx3-ubyte"])[:-20])
     else:
         path.write_bytes(path.read_bytes()[:1000] if damage == "short" else b"hello")
-    with pytest.raises(DataError, match=f"{path.name}' is damaged .*: download it again"):
+    with pytest.raises(DataError, match=f"{path.name}' is damaged .*; download it again"):
         load_data("mnist", data_dir=tmp_path)
 
 
@@ -994,7 +994,7 @@ def test_folders_beside_idx_files_are_ignored(tmp_path, idx_files):
 def test_images_and_labels_that_do_not_match_are_refused(tmp_path, idx_files):
     write_all(tmp_path, idx_files)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_files["t10k-labels-idx1-ubyte"])
-    with pytest.raises(DataError, match="images, .* labels: replace it"):
+    with pytest.raises(DataError, match="train has .* images, .* labels: replace it"):
         load_data("mnist", data_dir=tmp_path)
 
 

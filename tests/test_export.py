@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tempfile
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -309,11 +310,16 @@ def test_bad_input_ends_in_one_line(small, tmp_path, call, here):
 def test_full_disk_keeps_the_old_file(small, tmp_path, call, here, monkeypatch):
     (tmp_path / "model.torchscript.pt").write_bytes(b"old")
 
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
+    write = Path.write_bytes
+    for full in (tmp_path, Path(tempfile.gettempdir())):  # the output folder, or both
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    code, _, err = call(export, "--checkpoint", small, "--out", tmp_path, "--formats", "torchscript")
-    assert code == 2 and len(err.splitlines()) == 1
-    assert "No space left on device" in err and "model.torchscript.pt" in err
-    assert (tmp_path / "model.torchscript.pt").read_bytes() == b"old"
+        def write_elsewhere(path, contents, full=full):
+            if path.is_relative_to(full):
+                raise OSError(28, "No space left on device")
+            return write(path, contents)
+
+        with monkeypatch.context() as context:
+            context.setattr(Path, "write_bytes", write_elsewhere)
+            code, _, err = call(export, "--checkpoint", small, "--out", tmp_path, "--formats", "torchscript")
+        assert code == 2 and len(err.splitlines()) == 1 and "No space left on device" in err
+        assert (tmp_path / "model.torchscript.pt").read_bytes() == b"old"
