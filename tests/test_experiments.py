@@ -14,6 +14,7 @@ from conftest import ROOT
 from processes import Python
 from test_data import write_image
 
+import data
 import finetune
 import train
 from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint
