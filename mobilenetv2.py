@@ -244,7 +244,7 @@ class CheckpointError(ValueError):
 def save_checkpoint(path, model, classes, preprocessing, history=(), **training_state):
     """Write a checkpoint: one dict of tensors and plain values. Raises OSError.
 
-    classes: names in the order of the logits. history: list of dicts, one per epoch.
+    classes: names in the order of the logits. history: rows of log.csv, as dicts, or none.
     preprocessing: dict with image_size, crop (used share of the shorter side), channels (1 is
     grayscale), mean and std (of pixels in 0..1). training_state: optimizer and so on, to resume.
     """
