@@ -86,16 +86,11 @@ class Data:
     classes: list  # names, in the order of the labels
     preprocessing: dict
     splits: dict  # "train", "val" and perhaps "test": (images, labels (N,))
-    augment: object = None  # function for images in memory; photos have their own
+    augment: object = None  # function for images in memory; None: photos on disk
     repeats: int = 1  # passes over the training images per epoch
     batch_size: int = 128  # of all processes together
     workers: int = 0  # processes that decode photos
     device: str = "cpu"  # where images in memory are augmented
-
-    @property
-    def in_memory(self):
-        """True for images in memory, False for photos on disk."""
-        return all(isinstance(images, torch.Tensor) for images, _ in self.splits.values())
 
     def batches(self, split, augmented=False, indices=None):
         """Return a DataLoader of (images float (N, 3, S, S), labels (N,)).
@@ -107,7 +102,7 @@ class Data:
         if PROCESSES > 1 and min(len(labels), self.batch_size) < 2 * PROCESSES:
             raise DataError(f"{PROCESSES} processes: too few images, or raise --batch-size")
         if indices is None:
-            # Each process has a share. Those of "train" are equal, as are the numbers of steps.
+            # Each process has its own share. Equal shares of "train" give equal numbers of steps.
             end = len(labels) - len(labels) % PROCESSES if split == "train" else len(labels)
             indices = torch.arange(RANK, end, PROCESSES)
         source = (images[indices.numpy()], labels[indices], self.preprocessing)
@@ -116,7 +111,7 @@ class Data:
             count = count * self.repeats
             order = RandomSampler(order, num_samples=count)
         batches = BatchSampler(order, batch_size, drop_last=augmented and count >= batch_size)
-        if self.in_memory:
+        if self.augment:
             dataset = ArrayDataset(*source, self.augment if augmented else resize, self.device)
             return DataLoader(dataset, batch_size=None, sampler=batches)  # an item is a batch
         dataset = PhotoDataset(*source, augmented)
@@ -137,7 +132,7 @@ def load_data(name, preprocessing=None, per_class=None, seed=0, data_dir="datase
         augment = PUBLISHED[name][1]
     else:
         root = fetch_flowers(Path(data_dir)) if name == "flowers" else Path(name)
-        classes, splits = load_folder(root)
+        (classes, splits), augment = load_folder(root), None
         repeats = -(-FOLDER_EPOCH // len(splits["train"][1]))  # rounded up
     if per_class is not None:
         images, labels = splits["train"]
@@ -500,10 +495,10 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "recipe": (str, ["small", "paper", "cosine"], "optimizer, schedule and other defaults"),
     "width": (float, (0.05, 4), "width multiplier"),
     "output_stride": (int, [8, 16, 32], "ratio of image to last feature map", "the checkpoint's"),
-    "epochs": (int, (0, 10**5), "epochs; in finetune.py those of stage blocks", "the recipe's"),
+    "epochs": (int, (0, 10**5), "epochs (finetune.py: of stage blocks)", "by recipe or dataset"),
     "classifier_epochs": (int, (1, 10**5), "epochs of stage classifier"),
     "patience": (int, (0, 10**5), "epochs without a higher top1 that end a stage; 0: no limit"),
-    "learning_rate": (float, (0, 100), "peak learning rate", "the recipe's"),
+    "learning_rate": (float, (0, 100), "peak learning rate", "by recipe or dataset"),
     "weight_decay": (float, (0, 1), "weight decay of convolutions and linear layers"),
     "loss": (str, ["cross-entropy", "focal", "dice"], "focal: hard images; dice: rare classes"),
     "label_smoothing": (float, (0, 1), "share of the target for all classes (cross-entropy only)"),
@@ -550,8 +545,10 @@ def parse_arguments(description, defaults, saved=()):
         parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if APPLE else "cpu"
-    with reading(f"--device {args.device}: not available on this machine", "use auto or cpu"):
+    try:
         torch.ones(1, device=args.device).item()
+    except Exception:  # each kind of device has its own
+        parser.error(f"--device {args.device}: not available on this machine; use auto or cpu")
     return args
 
 def load_for(args, preprocessing=None):

@@ -4,10 +4,10 @@
     python finetune.py --data path/to/photos --checkpoint imagenet --image-size 160
 
 Stage "classifier" freezes the backbone and trains a new classifier on its features. Stage "blocks"
-also trains the last blocks, or all. With photos the first layers stay frozen, because edges look
-the same in any photo. Terms used here:
+also trains the head and the last blocks: 8 of 17 for photos, all layers for small images. The
+layers before them stay frozen, because edges look the same in any photo. Terms used here:
 
-    front             the part of the backbone that stays frozen in stage "blocks"
+    front, rest       the frozen and the trained part of the backbone in stage "blocks"
     frozen            without updates; BatchNorm keeps its running statistics
 """
 
@@ -27,7 +27,8 @@ from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
 DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 0, "batch_size": 64}
 DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "train_batch_norm": None}
-# The dataset decides. ImageNet fits other photos: change little. Letters taught less: train all.
+# ImageNet's weights fit photos: change little. Letters taught less: train all layers.
+# block_decay: learning rate of a layer, relative to that of the layer after it.
 PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 8}
 SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17}
 SMALL_IMAGES |= {"train_batch_norm": True}
@@ -63,7 +64,7 @@ def main():
     # Image size, mean and std as in pretraining; crop and channels are the dataset's.
     known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, known)
-    train.set_defaults(args, SMALL_IMAGES if dataset.in_memory else PHOTOS)
+    train.set_defaults(args, SMALL_IMAGES if dataset.augment else PHOTOS)
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
     if last:
         train.check_classes(last, dataset)
@@ -91,11 +92,11 @@ def main():
         while not train.is_finished(history, stage, epochs, args.patience):
             torch.manual_seed(hash((args.seed, len(history), data.RANK)))
             network.train()
-            freeze_batch_norm(front if args.train_batch_norm else network)
+            freeze_batch_norm(front if args.train_batch_norm else network)  # network: all layers
             batches = show_progress(train_batches, f"{stage} {len(history) + 1:3}")
             row = train.train_epoch(wrapped, batches, optimizer, scheduler, loss_function)
             row |= train.validate(network, val_batches)
-            row |= {"learning_rate": scheduler.get_last_lr()[-1]}
+            row |= {"learning_rate": scheduler.get_last_lr()[-1]}  # the classifier's
             history.append({"epoch": len(history) + 1, "stage": stage} | row)
             train.save_epoch(args, model, dataset, history, optimizer, scheduler)
     train.finish(args, dataset, history)
@@ -137,8 +138,8 @@ def cache_features(backbone, dataset):
         cached.append(TensorDataset(*extract_features(backbone, batches)))
     size, count = dataset.batch_size // data.PROCESSES, len(cached[0]) * dataset.repeats
     order = RandomSampler(cached[0], num_samples=count)
-    order = BatchSampler(order, size, drop_last=count >= size)  # a batch at once, not an image
-    return DataLoader(cached[0], batch_size=None, sampler=order), DataLoader(cached[1], size)
+    batches = BatchSampler(order, size, drop_last=count >= size)  # an item is a batch: faster
+    return DataLoader(cached[0], batch_size=None, sampler=batches), DataLoader(cached[1], size)
 
 def show_progress(batches, title):
     """Yield the batches of a DataLoader. Prints a line every 15 seconds."""

@@ -290,9 +290,10 @@ def load_checkpoint(source, output_stride=None):
         if source == "imagenet":  # 13.6 MB, downloaded once
             checkpoint = torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **safe)
         else:
-            device = Path(source).exists() and not Path(source).is_file()  # it might never end
-            if device or (zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip()):
-                raise ValueError("no regular file" if device else "damaged: a checksum differs")
+            if Path(source).exists() and not Path(source).is_file():  # a pipe may never end
+                raise ValueError("no regular file")
+            if zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip():
+                raise ValueError("damaged: a checksum differs")
             checkpoint = torch.load(source, **safe)
         if "features.0.0.weight" in checkpoint:
             checkpoint = torchvision_checkpoint(checkpoint)

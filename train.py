@@ -223,7 +223,7 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
     if data.RANK == 0:
         write_table(args.out / "log.csv", [list(row), *(row.values() for row in history)])
         about = (model, dataset.classes, dataset.preprocessing, history)
-        # Later epochs mostly have lower rates: prefer them, within one standard error of the best.
+        # Within one standard error, √(p (1 - p) / n), prefer the later epoch: its rate is lower.
         best = max(row["val_top1"] for row in history)
         if row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5:
             save_checkpoint(args.out / "best.pt", *about)
@@ -238,11 +238,11 @@ def check_classes(last, dataset):
         raise data.DataError("--resume: the classes of the data have changed; use --overwrite")
 
 def restore(args, last, model, optimizer, scheduler):
-    """Load the states in last.pt. Raises DataError if they do not fit."""
+    """Load the states in last.pt. Steps of a copy find states that do not fit (DataError)."""
     with data.reading(f"a state in '{args.out / 'last.pt'}' does not fit", "use --overwrite"):
         for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
             part.load_state_dict(last[name])
-        trial, rates = copy.deepcopy((optimizer, scheduler))  # try a step with gradients of zero
+        trial, rates = copy.deepcopy((optimizer, scheduler))  # the originals stay as saved
         trial.state.default_factory = None  # a missing state is a KeyError
         for parameter in (p for group in trial.param_groups for p in group["params"]):
             parameter.grad = torch.zeros_like(parameter)
@@ -260,7 +260,7 @@ def finish(args, dataset, history):
     print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
 
 def parse_arguments(description, defaults):
-    """Parse the options. Returns (args, last.pt to resume or None). A run keeps its settings."""
+    """Parse the options. Returns (args, last.pt's checkpoint if the run is resumed, else None)."""
     shared = {"epochs": None, "batch_size": None, "learning_rate": None, "patience": 0}
     shared |= {"loss": "cross-entropy", "label_smoothing": 0.1, "amp": "off"}
     shared |= {"per_class": None, "resume": False, "overwrite": False}
@@ -269,7 +269,7 @@ def parse_arguments(description, defaults):
     if args.resume and path.exists():
         _, last = load_checkpoint(path)
         with data.reading(f"cannot use the settings of '{path}'", "use --overwrite"):
-            own = {"recipe", "unfreeze"} & vars(args).keys()  # of train.py, of finetune.py
+            own = {"recipe", "unfreeze"} & vars(args).keys()  # train.py's or finetune.py's option
             if not own <= {*last.get("settings", ())}:
                 raise ValueError("it is not the last.pt of such a run")
             args = data.parse_arguments(description, shared | defaults, last["settings"])

@@ -32,7 +32,7 @@ HEADER = """# Options
 
 All options of the scripts, as `--help` lists them. `python experiments/options.py` writes this
 page. The same option has the same name in every script. A value outside its limits is an error.
-"The recipe's" values are in [the last two tables](#recipes).
+Values "by recipe or dataset" are in [the last two tables](#recipes).
 """
 
 

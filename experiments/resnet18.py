@@ -69,7 +69,7 @@ def transfer(model, preprocessing, args):
     """Run both stages of finetune.py. Returns the accuracy of the best epoch, and the seconds."""
     options = {"data_dir": args.data_dir, "batch_size": finetune.DEFAULTS["batch_size"]}
     dataset = data.load_data(args.data, preprocessing, **options)
-    recipe = finetune.SMALL_IMAGES if dataset.in_memory else finetune.PHOTOS
+    recipe = finetune.SMALL_IMAGES if dataset.augment else finetune.PHOTOS
     settings = argparse.Namespace(**finetune.DEFAULTS | recipe)
     replace_classifier(model, len(dataset.classes))
     begun, accuracies = time.perf_counter(), []

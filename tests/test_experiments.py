@@ -14,6 +14,7 @@ from conftest import ROOT
 from processes import Python
 from test_data import write_image
 
+import data
 import finetune
 import train
 from mobilenetv2 import MobileNetV2, load_checkpoint, save_checkpoint
@@ -76,7 +77,7 @@ def test_samples_are_drawn_for_digits_only(trained, tmp_path, call, few_digits, 
     monkeypatch.setattr(samples, "ROWS", 1)
     options = ("--checkpoint", trained / "best.pt", "--out", tmp_path / "digits.png")
     assert call(samples, *options)[0] == 0 and (tmp_path / "digits.png").exists()
-    save_checkpoint(tmp_path / "cats.pt", MobileNetV2(2, 0.35), ["cat", "dog"], {"image_size": 16})
+    save_checkpoint(tmp_path / "cats.pt", MobileNetV2(2, 0.35), ["cat", "dog"], data.SMALL)
     code, _, error = call(samples, "--checkpoint", tmp_path / "cats.pt", "--out", tmp_path)
     assert code == 2 and error.endswith("has other classes: use a network for digits\n")
 

@@ -160,8 +160,8 @@ with torch.inference_mode():
 
 
 @needs_onnx
-def test_python_lines_of_the_readme_agree_with_the_network(exported, small, tmp_path, monkeypatch, capsys):
-    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL).group(1)
+def test_python_lines_of_the_shipping_page_agree_with_the_network(exported, small, tmp_path, monkeypatch, capsys):
+    program = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "shipping.md").read_text(encoding="utf-8"), flags=re.DOTALL).group(1)
     assert len(program.strip().splitlines()) <= 12 and "data" not in re.findall(r"import (\w+)", program)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "photos-export").symlink_to(exported)
