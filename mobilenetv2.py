@@ -244,7 +244,7 @@ class CheckpointError(ValueError):
 def save_checkpoint(path, model, classes, preprocessing, history=(), **training_state):
     """Write a checkpoint: one dict of tensors and plain values. Raises OSError.
 
-    classes: names in the order of the logits. history: list of dicts, one per epoch.
+    classes: names in the order of the logits. history: rows of log.csv, as dicts, or none.
     preprocessing: dict with image_size, crop (used share of the shorter side), channels (1 is
     grayscale), mean and std (of pixels in 0..1). training_state: optimizer and so on, to resume.
     """
@@ -310,7 +310,7 @@ def load_checkpoint(source, output_stride=None):
         part, names, count = "classes: ", checkpoint["classes"], arch["num_classes"]
         if names != [str(name).encode().decode() for name in names] or len(names) not in (0, count):
             raise ValueError(f"{len(names)} names, {count} classes")
-        part, values = "preprocessing: ", {"crop": 1.0} | checkpoint["preprocessing"]
+        part, values = "preprocessing: ", {"crop": 1, "channels": 3} | checkpoint["preprocessing"]
         size, crop, channels, *scale = (values[key] for key in IMAGENET_PREPROCESSING)
         mean, std = torch.tensor(scale).view(2, 3)
         usable = type(size) is type(channels) is int and 8 <= size <= 1024 and channels in (1, 3)

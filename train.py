@@ -239,7 +239,7 @@ def check_classes(last, dataset):
 
 def restore(args, last, model, optimizer, scheduler):
     """Load the states in last.pt. Steps of a copy find states that do not fit (DataError)."""
-    with data.reading(f"cannot continue '{args.out / 'last.pt'}'", "use --overwrite"):
+    with data.reading(f"a state in '{args.out / 'last.pt'}' does not fit", "use --overwrite"):
         for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
             part.load_state_dict(last[name])
         trial, rates = copy.deepcopy((optimizer, scheduler))  # the originals stay as saved
@@ -268,7 +268,7 @@ def parse_arguments(description, defaults):
     path = args.out / "last.pt"
     if args.resume and path.exists():
         _, last = load_checkpoint(path)
-        with data.reading(f"cannot continue '{path}'", "use --overwrite"):
+        with data.reading(f"cannot use the settings of '{path}'", "use --overwrite"):
             own = {"recipe", "unfreeze"} & vars(args).keys()  # train.py's or finetune.py's option
             if not own <= {*last.get("settings", ())}:
                 raise ValueError("it is not the last.pt of such a run")
