@@ -63,7 +63,7 @@ PREPROCESSING = {
     "flowers": PHOTOS,
 }
 REPEATS = {"glyphs": 32, "digits": 4}  # passes per epoch, each with new augmentations
-FOLDER_EPOCH = 320  # a small folder is repeated until an epoch has this many images.
+FOLDER_EPOCH = 320  # a small folder is repeated until an epoch has this many images
 # Channels last is faster; on Apple's GPUs, gradients are 30 times slower (pytorch/pytorch#193349).
 APPLE = torch.backends.mps.is_available()
 MEMORY_FORMAT = torch.contiguous_format if APPLE else torch.channels_last

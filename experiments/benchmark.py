@@ -280,6 +280,9 @@ def shares_of_a_step(batches, classes):
     print(f"  shares of our time: {', '.join(shares)}")
 
 
+KINDS = ("convolution", "batch_norm", "hardtanh")  # hardtanh: ReLU6
+
+
 class Traffic(TorchDispatchMode):
     """Record the seconds of each operator, and the bytes of its inputs and outputs."""
 
@@ -299,9 +302,6 @@ class Traffic(TorchDispatchMode):
             self.seconds[kind] += seconds
             self.bytes[kind] += sum(tensor.nbytes for tensor in tensors.values())
         return result
-
-
-KINDS = ("convolution", "batch_norm", "hardtanh")  # hardtanh: ReLU6
 
 
 def traffic_of_a_step(batches, classes):

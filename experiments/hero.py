@@ -26,16 +26,12 @@ SIDE = 4  # images per row and column of a mosaic
 
 def read_results(path):
     """Read few_labels.csv. Returns {(way, budget): (mean, std)} and the budgets; None is all."""
-    try:
+    results = {}
+    with data.reading(f"'{path}' cannot be used", "run experiments/few_labels.py first"):
         with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        results = {}
-        for row in rows:
-            budget = None if row["labels per class"] == "all" else int(row["labels per class"])
-            results[row["way"], budget] = float(row["accuracy"]), float(row["std"])
-    except (OSError, KeyError, ValueError) as error:
-        fix = "run experiments/few_labels.py first"
-        raise data.DataError(f"'{path}' cannot be used ({error}): {fix}") from error
+            for row in csv.DictReader(file):
+                budget = None if row["labels per class"] == "all" else int(row["labels per class"])
+                results[row["way"], budget] = float(row["accuracy"]), float(row["std"])
     return results, list(dict.fromkeys(budget for _, budget in results))
 
 
