@@ -302,8 +302,7 @@ def load_published(name, data_dir, size):
     splits = {"train": [a[:cut] for a in arrays[:2]], "val": [a[cut:] for a in arrays[:2]]}
     for split, (images, labels) in (splits | {"test": arrays[2:]}).items():
         if images.shape[:1] != labels.shape:
-            problem = f"{split} has {len(images)} images, {len(labels)} labels"
-            raise DataError(f"'{data_dir}': {problem}: replace it")
+            raise DataError(f"'{data_dir}': {len(images)} images, {len(labels)} labels; replace it")
         # (N, H, W), or (N, H, W, 3) in CIFAR-10 -> (N, C, H, W)
         images = images[:, None] if images.dim() == 3 else images.movedim(3, 1)
         if size <= 64:  # resize once, not in every epoch; larger images would fill the memory
@@ -406,6 +405,7 @@ def list_folder(root):
     """List root/<class>/...: (sorted class names, paths (N,), labels (N,)). Raises DataError."""
     if not root.is_dir():
         raise DataError(f"'{root}': no such folder or dataset ({', '.join(PREPROCESSING)})")
+    print(f"'{root}': decoding all images once, to find damaged ones", flush=True)
     images = {}
     for path in sorted(root.iterdir()):
         if path.is_dir() and path.name[0] not in "._":
@@ -497,7 +497,6 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "output_stride": (int, [8, 16, 32], "ratio of image to last feature map", "the checkpoint's"),
     "epochs": (int, (0, 10**5), "epochs (finetune.py: of stage blocks)", "by recipe or dataset"),
     "classifier_epochs": (int, (1, 10**5), "epochs of stage classifier"),
-    "patience": (int, (0, 10**5), "epochs without a higher top1 that end a stage; 0: no limit"),
     "learning_rate": (float, (0, 100), "peak learning rate", "by recipe or dataset"),
     "weight_decay": (float, (0, 1), "weight decay of convolutions and linear layers"),
     "loss": (str, ["cross-entropy", "focal", "dice"], "focal: hard images; dice: rare classes"),
@@ -545,10 +544,8 @@ def parse_arguments(description, defaults, saved=()):
         parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if APPLE else "cpu"
-    try:
+    with reading(f"--device {args.device}: not available on this machine", "use auto or cpu"):
         torch.ones(1, device=args.device).item()
-    except Exception:  # each kind of device has its own
-        parser.error(f"--device {args.device}: not available on this machine; use auto or cpu")
     return args
 
 def load_for(args, preprocessing=None):
@@ -590,8 +587,7 @@ def describe(dataset):
     counts = [torch.bincount(n, minlength=len(dataset.classes)).tolist() for n in labels]
     table = [("", *dataset.splits), *zip(dataset.classes, *counts), ("total", *map(sum, counts))]
     width = max(len(name) for name, *_ in table)
-    rows = (f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, *row in table)
-    return "\n".join(rows)
+    return "\n".join(f"{name:{width}}" + "".join(map("{:>8}".format, row)) for name, *row in table)
 
 def main():
     defaults = {"data": "glyphs", "out": Path("runs/data"), "batch_size": 256}

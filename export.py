@@ -109,7 +109,6 @@ def export_int8(network, example, path, metadata, calibration):
         batches = ({"input": images.numpy()} for images in calibration)
         def get_next(self):
             return next(self.batches, None)
-
     plain = path.with_name("model.onnx")
     if not plain.exists():
         export_onnx(network, example, plain, metadata, None)

@@ -25,7 +25,7 @@ import train
 from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
-DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "patience": 0, "batch_size": 64}
+DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "batch_size": 64}
 DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "train_batch_norm": None}
 # ImageNet's weights fit photos: change little. Letters taught less: train all layers.
 # block_decay: learning rate of a layer, relative to that of the layer after it.
@@ -75,7 +75,7 @@ def main():
     front.requires_grad_(False)
     loss_function, history = train.make_loss(args), last["history"] if last else []
     for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
-        if train.is_finished(history, stage, epochs, args.patience):
+        if train.is_finished(history, stage, epochs):
             continue
         if stage == "classifier":
             network, tuned = nn.Sequential(model.dropout, model.classifier), ()
@@ -89,7 +89,7 @@ def main():
         if last and history[-1]["stage"] == stage:
             train.restore(args, last, model, optimizer, scheduler)
         wrapped = train.wrap(network, args)
-        while not train.is_finished(history, stage, epochs, args.patience):
+        while not train.is_finished(history, stage, epochs):
             torch.manual_seed(hash((args.seed, len(history), data.RANK)))
             network.train()
             freeze_batch_norm(front if args.train_batch_norm else network)  # network: all layers

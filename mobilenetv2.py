@@ -262,20 +262,58 @@ def write_file(path, contents):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed run, or a link to another file
-        temporary.write_bytes(contents)
+        temporary.unlink(missing_ok=True)  # left by a killed run
+        with open(temporary, "xb") as file:  # x: never through a link to another file
+            file.write(contents)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # adds the file's name
 
-def torchvision_checkpoint(state_dict):
-    """Make a checkpoint of torchvision's weights, without class names."""
-    weights = from_torchvision(state_dict)
+def read_checkpoint(source):
+    """Read a file, or download 'imagenet'. A damaged file may raise any exception."""
+    # A pickle can run any code when it is loaded. weights_only=True accepts only data.
+    safe = {"map_location": "cpu", "weights_only": True}
+    if source == "imagenet":  # 13.6 MB, downloaded once
+        checkpoint = torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **safe)
+    else:
+        if Path(source).exists() and not Path(source).is_file():  # a pipe may never end
+            raise ValueError("no regular file")
+        if zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip():
+            raise ValueError("damaged: a checksum differs")
+        checkpoint = torch.load(source, **safe)
+    if "features.0.0.weight" not in checkpoint:
+        return checkpoint
+    weights = from_torchvision(checkpoint)  # torchvision's files have only weights
     width_mult = len(weights["blocks.16.project.norm.bias"]) / BOTTLENECKS[-1][1]
     arch = {"num_classes": len(weights["classifier.bias"]), "width_mult": width_mult}
-    checkpoint = {"model": weights, "arch": arch, "classes": [], "history": []}
-    return checkpoint | {"preprocessing": IMAGENET_PREPROCESSING}
+    about = {"classes": [], "preprocessing": IMAGENET_PREPROCESSING, "history": []}
+    return {"model": weights, "arch": arch} | about
+
+def check_values(model, checkpoint):
+    """Raise ValueError, with the part of the checkpoint, for values that no script can use."""
+    part = "model"
+    try:
+        weights = checkpoint["model"].values()
+        if any(w.is_meta or w.untyped_storage().nbytes() < w.nbytes for w in weights):
+            raise ValueError("weights that are larger than the file")
+        logits = model.float().eval()(torch.zeros(1, 3, 8, 8))  # fails for unusual tensors
+        if not logits.isfinite().all() or not 0 <= model.dropout.p <= 1:
+            raise ValueError("NaN or infinity")
+        part, names, count = "classes", checkpoint["classes"], model.arch["num_classes"]
+        if names != [str(name).encode().decode() for name in names] or len(names) not in (0, count):
+            raise ValueError(f"{len(names)} names, {count} classes")
+        part, values = "preprocessing", {"crop": 1, "channels": 3} | checkpoint["preprocessing"]
+        size, crop, channels, *scale = (values[key] for key in IMAGENET_PREPROCESSING)
+        mean, std = torch.tensor(scale).view(2, 3)
+        usable = type(size) is type(channels) is int and 8 <= size <= 1024 and channels in (1, 3)
+        if not (usable and 0 < crop <= 1 and 0 < std.min() and (mean / std + std).isfinite().all()):
+            raise ValueError("a value is out of range")
+        part, row = "history", "{stage:s} {epoch:f} {train_loss:f} {train_top1:f} {val_loss:f}"
+        if not all(row.format(**r) and 0 <= r["val_top1"] <= 1 for r in checkpoint["history"]):
+            raise ValueError("a value is out of range")
+    except Exception as error:
+        raise ValueError(f"{part}: {type(error).__name__}: {error}") from error
 
 def load_checkpoint(source, output_stride=None):
     """Load a network with its weights. Returns (model in eval mode on the CPU, checkpoint dict).
@@ -284,50 +322,21 @@ def load_checkpoint(source, output_stride=None):
     output_stride: None keeps the checkpoint's. The weights fit all three values.
     Raises CheckpointError if the file is missing, damaged, unsafe or from another network.
     """
-    # A pickle can run any code when it is loaded. weights_only=True accepts only data.
-    part, safe = "", {"map_location": "cpu", "weights_only": True}
     try:
-        if source == "imagenet":  # 13.6 MB, downloaded once
-            checkpoint = torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **safe)
-        else:
-            if Path(source).exists() and not Path(source).is_file():  # a pipe may never end
-                raise ValueError("no regular file")
-            if zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip():
-                raise ValueError("damaged: a checksum differs")
-            checkpoint = torch.load(source, **safe)
-        if "features.0.0.weight" in checkpoint:
-            checkpoint = torchvision_checkpoint(checkpoint)
+        checkpoint = read_checkpoint(source)
         arch = checkpoint["arch"] | ({"output_stride": output_stride} if output_stride else {})
         with torch.device("meta"):  # no memory and no random numbers until the file's tensors come
             model = MobileNetV2(**arch)
         model.load_state_dict(checkpoint["model"], strict=True, assign=True)
-        weights = checkpoint["model"].values()
-        if any(w.is_meta or w.untyped_storage().nbytes() < w.nbytes for w in weights):
-            raise ValueError("weights that are larger than the file")
-        logits = model.float().eval()(torch.zeros(1, 3, 8, 8))  # fails for unusual tensors
-        if not logits.isfinite().all() or not 0 <= model.dropout.p <= 1:
-            raise ValueError("NaN or infinity")
-        part, names, count = "classes: ", checkpoint["classes"], arch["num_classes"]
-        if names != [str(name).encode().decode() for name in names] or len(names) not in (0, count):
-            raise ValueError(f"{len(names)} names, {count} classes")
-        part, values = "preprocessing: ", {"crop": 1, "channels": 3} | checkpoint["preprocessing"]
-        size, crop, channels, *scale = (values[key] for key in IMAGENET_PREPROCESSING)
-        mean, std = torch.tensor(scale).view(2, 3)
-        usable = type(size) is type(channels) is int and 8 <= size <= 1024 and channels in (1, 3)
-        if not (usable and 0 < crop <= 1 and 0 < std.min() and (mean / std + std).isfinite().all()):
-            raise ValueError("a value is out of range")
-        part, row = "history: ", "{stage:s} {epoch:f} {train_loss:f} {train_top1:f} {val_loss:f}"
-        if not all(row.format(**r) and 0 <= r["val_top1"] <= 1 for r in checkpoint["history"]):
-            raise ValueError("a value is out of range")
-    except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = getattr(error, "strerror", None) or f"{part}{type(error).__name__}: {error}"
+        check_values(model, checkpoint)
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         if isinstance(error, pickle.UnpicklingError):  # torch would suggest weights_only=False
             reason = "damaged, or more than tensors and plain values"
         fix = "make a checkpoint with train.py or finetune.py, or use imagenet"
         if source == "imagenet":
             fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
-        message = f"cannot load '{source}' ({reason[:300]}): {fix}"
-        raise CheckpointError(" ".join(message.split())) from error
+        raise CheckpointError(f"cannot load '{source}' ({reason[:300]}): {fix}") from error
     return model, checkpoint
 
 def load_pretrained(source, num_classes, output_stride=None):

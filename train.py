@@ -107,7 +107,7 @@ def main():
     if last:
         check_classes(last, dataset)
         restore(args, last, model, optimizer, scheduler)
-    while not is_finished(history, "scratch", args.epochs, args.patience):
+    while not is_finished(history, "scratch", args.epochs):
         # Seeds order, augmentation and dropout. Hashes of integers are the same in every process.
         torch.manual_seed(hash((args.seed, len(history), data.RANK)))
         model.train()
@@ -206,11 +206,8 @@ def set_defaults(args, defaults):
     known = {name: value for name, value in vars(args).items() if value is not None}
     vars(args).update(defaults | known)
 
-def is_finished(history, stage, epochs, patience):
-    """Tell whether a stage has all its epochs, or its last `patience` epochs have not improved."""
-    scores = [row["val_top1"] for row in history if row["stage"] == stage]
-    waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
-    return len(scores) >= epochs or 0 < patience <= waited
+def is_finished(history, stage, epochs):
+    return sum(row["stage"] == stage for row in history) >= epochs
 
 def save_epoch(args, model, dataset, history, optimizer, scheduler):
     """Print the latest row of `history`, and write log.csv, last.pt and perhaps best.pt."""
@@ -261,7 +258,7 @@ def finish(args, dataset, history):
 
 def parse_arguments(description, defaults):
     """Parse the options. Returns (args, last.pt's checkpoint if the run is resumed, else None)."""
-    shared = {"epochs": None, "batch_size": None, "learning_rate": None, "patience": 0}
+    shared = {"epochs": None, "batch_size": None, "learning_rate": None}
     shared |= {"loss": "cross-entropy", "label_smoothing": 0.1, "amp": "off"}
     shared |= {"per_class": None, "resume": False, "overwrite": False}
     args = data.parse_arguments(description, shared | defaults)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import mobilenetv2  # noqa: E402
 import train  # noqa: E402
 from grader import Score, Submission, load_submission  # noqa: E402
 from mobilenetv2 import CheckpointError, MobileNetV2  # noqa: E402
@@ -96,7 +97,7 @@ def seeded():
 @pytest.fixture(autouse=True)
 def quick_curves(monkeypatch):
     """Most tests of a run do not look at its curves, which take a second; `trained` and those of evaluate.py draw them."""
-    monkeypatch.setattr(train, "plot_history", lambda history, path: path.write_bytes(b"curves"))
+    monkeypatch.setattr(train, "plot_history", lambda history, path: mobilenetv2.write_file(path, b"curves"))
 
 
 @functools.cache
