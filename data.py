@@ -477,8 +477,8 @@ def plot_grid(path, title, images, names, colours=None, columns=8):
         axes.axis("off")
     for index, axes in zip(range(len(images)), figure.axes):
         axes.imshow(images[index].permute(1, 2, 0).numpy(), interpolation="nearest")
-        name = "\n".join(line[:18] for line in names[index].splitlines())
-        axes.set_title(name, color=colours[index] if colours else "black", fontsize=9)
+        lines = [s if len(s) < 19 else f"{s[:11]}…{s[-6:]}" for s in names[index].splitlines()]
+        axes.set_title("\n".join(lines), color=colours[index] if colours else "black", fontsize=8)
     figure.savefig(path, dpi=120)
 
 # -------------------------------------------------------------------------- shared by the scripts

@@ -167,7 +167,7 @@ def plot_predictions(path, title, dataset, split, logits, indices, explain=None)
             above, colour = Path(files[index]).name, "black"
         elif labels[index] == prediction:
             above, colour = "", GREEN
-        names.append(f"{above}\n{dataset.classes[prediction][:11]} · {confidence:.0%}")
+        names.append(f"{above}\n{dataset.classes[prediction]} · {confidence:.0%}")
         colours.append(colour)
     if explain is not None:
         device = next(explain.parameters()).device

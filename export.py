@@ -194,7 +194,7 @@ def main():
     report["verified_on"] = f"{len(expected)} images of {args.data} ({split})"
     report |= {"with_preprocessing": pixels, "network": reference, "formats": {}}
     row = "{:<21} {:>6} {:>11} {:>9} {:>11}".format
-    print(f"{report['verified_on']}, {how[-1]} threads")
+    print(f"{report['verified_on']}, threads: {how[-1]}")
     print(row("file", "MB", "ms / image", "accuracy", "difference"))
     print(row("network", "", f"{reference['latency_ms']:.2f}", f"{accuracy:.2%}", ""))
     spawn = get_context("spawn")  # a process that has not built the network
