@@ -100,7 +100,7 @@ class Data:
         """
         images, labels = self.splits[split]
         if PROCESSES > 1 and min(len(labels), self.batch_size) < 2 * PROCESSES:
-            raise DataError(f"{PROCESSES} processes: too few images, or raise --batch-size")
+            raise DataError("fewer than 2 images per process: start fewer, or raise --batch-size")
         if indices is None:
             # Each process has its own share. Equal shares of "train" give equal numbers of steps.
             end = len(labels) - len(labels) % PROCESSES if split == "train" else len(labels)
@@ -196,7 +196,7 @@ def distort(images, size):
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images, count = images.float() / 255, len(images)
-    def uniform(limit, *shape):  # one value per image, from -limit to limit
+    def uniform(limit, *shape):  # one value (or `shape` values) per image, from -limit to limit
         return (2 * torch.rand(count, *shape, device=images.device) - 1) * limit
     angle, shear = uniform(0.25), uniform(0.35)  # radians; tangent of the slant
     scale_x, scale_y = uniform(0.25).exp(), uniform(0.25).exp()
@@ -422,7 +422,7 @@ def list_folder(root):
     return classes, paths, torch.tensor(labels)
 
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
-    """Split each class by hashes of its paths, which stay the same if the folder moves or grows."""
+    """Split each class in the order of path hashes, so that a moved folder keeps its split."""
     names = [normalize("NFC", path.relative_to(root).as_posix()) for path in paths]
     hashes = [hashlib.sha256(f"{salt}{name}".encode()).digest() for name in names]
     parts = []  # per class: one index array per share, and the rest
@@ -436,7 +436,7 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
     return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]  # shares, training
 
 def load_folder(root):
-    """List class folders, or train, val and test; no val: it gets a fifth of each class."""
+    """Return (classes, splits) of a folder; without val, a fifth of each class of train is val."""
     there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     folders = {SPLITS[path.name.lower()]: path for path in there if path.name.lower() in SPLITS}
     if "train" not in folders:
@@ -509,7 +509,7 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "overwrite": (bool, None, "replace the run in --out"),
     "images": ([Path], None, "images and folders to classify without labels", "none"),
     "explain": (bool, None, "draw where the network sees the predicted class"),
-    "formats": ([str], ["torchscript", "pt2", "onnx", "int8"], "formats to write"),
+    "formats": ([str], ["torchscript", "pt2", "onnx", "int8"], "formats to write (default: all)"),
     "with_preprocessing": (bool, None, "take uint8 images, and return probabilities"),
 }
 
@@ -524,10 +524,9 @@ def parse_arguments(description, defaults, saved=()):
         settings = {"choices": allowed} if isinstance(allowed, list) else {}
         if kind is bool:
             settings = {"action": argparse.BooleanOptionalAction if unset else "store_true"}
-        elif isinstance(kind, list):
-            settings |= {"type": kind[0], "nargs": "+"}
         else:
-            settings |= {"type": kind}
+            settings |= {"type": kind[0], "nargs": "+"} if type(kind) is list else {"type": kind}
+        if unset or kind in (str, int, float, Path):
             text += f" (default: {unset[0] if default is None else default})"
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **settings)
     args = parser.parse_args()

@@ -37,9 +37,9 @@ def predict(model, batches):
     return torch.cat(logits), torch.cat(labels)
 
 def score(logits, labels):
-    """Return {"loss", "top1", "top5"}: cross-entropy, and shares of correct predictions.
+    """Return {"loss", "top1", "top5"} of logits (N, C) and labels (N,): cross-entropy, accuracies.
 
-    top5: the true class is among the five most probable; left out below six classes. (N, C), (N,).
+    top5: the true class is among the five most probable; left out below six classes.
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
     hits = (best == labels[:, None]).double()
@@ -60,7 +60,7 @@ def classification_report(confusion):
 
         precision = true positives / all predictions of this class     (column)
         recall    = true positives / all images of this class          (row)
-        F1        = 2 · precision · recall / (precision + recall)
+        F1        = 2 · precision · recall / (precision + recall) = 2 · correct / (row + column)
 
     A division by zero, such as the precision of a class that was never predicted, gives 0.
     Returns {"macro": {...}, "weighted": {...}, "per_class": [{precision, recall, f1, support}]}:
@@ -125,12 +125,12 @@ def plot_confusion(confusion, classes, path):
 def class_activation_map(model, images, classes):
     """Compute where the network sees a class: (N, 3, S, S), (N,) -> (N, h, w), parts of the logit.
 
-    With the head's feature maps m (N, 1280, h, w), and weights w and bias b of the classifier, the
+    With the head's feature maps m (N, 1280, h, w), and weights V and bias b of the classifier, the
     logit of class c is
 
-        w_c · mean(m) + b_c  =  mean(w_c · m) + b_c        (means over the h × w places)
+        V_c · mean(m) + b_c  =  mean(V_c · m) + b_c        (means over the h × w places)
 
-    so w_c · m at one place is its part of the logit (Zhou et al., arXiv:1512.04150, equation 2).
+    so V_c · m at one place is its part of the logit (Zhou et al., arXiv:1512.04150, equation 2).
     """
     with torch.no_grad():
         maps = model.head(model.blocks(model.stem(images)))
@@ -278,9 +278,9 @@ def classify(args):
     paths = numpy.array([path for folder in folders for path in folder])
     if len(paths) == 0:
         raise data.DataError("--images: no images found; name files, or folders of images")
-    classes, preprocessing = class_names(checkpoint), data.PHOTOS | checkpoint["preprocessing"]
-    splits = {"test": (paths, torch.full((len(paths),), UNKNOWN))}
-    dataset = data.Data(classes, preprocessing, splits, None, 1, args.batch_size, args.workers)
+    classes, splits = class_names(checkpoint), {"test": (paths, torch.full((len(paths),), UNKNOWN))}
+    options = {"batch_size": args.batch_size, "workers": args.workers}
+    dataset = data.Data(classes, data.PHOTOS | checkpoint["preprocessing"], splits, **options)
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     logits, labels = predict(model, dataset.batches("test"))
     rows = write_predictions(args.out / "images.csv", paths, labels, logits, classes)

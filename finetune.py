@@ -27,7 +27,7 @@ from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
 DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "batch_size": 64}
 DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "train_batch_norm": None}
-# ImageNet's weights fit photos: change little. Letters taught less: train all layers.
+# Weights from ImageNet fit photos: change little. Weights from letters: train all layers.
 # block_decay: learning rate of a layer, relative to that of the layer after it.
 PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 8}
 SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17}
@@ -64,7 +64,7 @@ def main():
     # Image size, mean and std as in pretraining; crop and channels are the dataset's.
     known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, known)
-    train.set_defaults(args, SMALL_IMAGES if dataset.augment else PHOTOS)
+    train.set_defaults(args, SMALL_IMAGES if dataset.augment else PHOTOS)  # photos: augment is None
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
     if last:
         train.check_classes(last, dataset)

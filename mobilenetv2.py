@@ -45,16 +45,16 @@ BOTTLENECKS = (
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 
-# Table 2 halves the image five times: 224 / 32 = 7. An image of 32 pixels would shrink to a single
-# one. Output stride 16 or 8 sets the first one or two strides of 2 after the stem to 1. The stem
-# keeps its 2: with 1 there the network is slower, and was less accurate on digits.
+# Output stride: image size divided by size of the last feature map, 224 / 7 = 32 in Table 2. An
+# image of 32 pixels would end as a single pixel. Output stride 16 or 8 sets the first one or two
+# strides of 2 after the stem to 1. The stem's stays 2: 1 was slower and less accurate on digits.
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output stride -> number of strides replaced by 1
 
 def make_divisible(value, divisor=8):
     """Round a number of channels to the nearest multiple of `divisor`, never below 90% of `value`.
 
-    Vector units process 8 numbers at a time: 35 channels would cost as much as 40, so 35 becomes
-    32. By the 90% rule, 11.2 becomes 16 and not 8. Source: TensorFlow's code (models, slim/nets).
+    Vector units process 8 numbers at a time, so 35 channels would cost as much as 40. The nearest
+    multiple is 32. By the 90% rule, 11.2 becomes 16, not 8. Source: TensorFlow (models, slim/nets).
     """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * value else rounded + divisor
@@ -65,9 +65,9 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     The convolution has no bias, because the normalisation would subtract it again.
     ReLU6(x) = min(max(x, 0), 6). A known range loses little accuracy in 8-bit arithmetic (§4).
     """
-    layers, padding = nn.Sequential(), kernel_size // 2
-    sizes = (in_channels, out_channels, kernel_size, stride)
-    layers.conv = nn.Conv2d(*sizes, padding, groups=groups, bias=False)
+    layers = nn.Sequential()
+    options = {"stride": stride, "padding": kernel_size // 2, "groups": groups, "bias": False}
+    layers.conv = nn.Conv2d(in_channels, out_channels, kernel_size, **options)
     layers.norm = nn.BatchNorm2d(out_channels)
     if activation:
         layers.activation = nn.ReLU6(inplace=True)
@@ -81,8 +81,8 @@ class InvertedResidual(nn.Module):
         h × w × tk         3×3 depthwise, stride s, ReLU6    h/s × w/s × tk      .depthwise
         h/s × w/s × tk     1×1 convolution, linear           h/s × w/s × k'      .project
 
-    Depthwise separable (§3.1): a dense 3×3 convolution from k to k' channels costs 9 · k · k' per
-    pixel. A depthwise one and a 1×1 convolution cost k · (9 + k'), 6 to 9 times less in Table 2.
+    Depthwise separable (§3.1): a dense 3×3 convolution from d to d' channels costs 9 · d · d'
+    multiply-adds per pixel. A depthwise and a 1×1 convolution cost d · (9 + d'), 6 to 9 times less.
 
     Inverted (§3.3): a ResNet block is narrow inside, and its shortcut connects the wide ends.
     Here the block is wide inside, and the shortcut connects the narrow ends. This saves memory,
@@ -125,7 +125,7 @@ class MobileNetV2(nn.Module):
             keeps 1280 channels, because a thin network still has to separate as many classes.
         dropout: probability before the classifier. The paper gives none; torchvision has 0.2.
         output_stride: ratio of image size to the size of the last feature map: 32 (the paper),
-            16 or 8. An image of 32 pixels ends as 1×1, 2×2 or 4×4, each step costs about 3 times
+            16 or 8. An image of 32 pixels ends as 1×1, 2×2 or 4×4, each step costs 3 to 4 times
             the multiply-adds, and the weights keep their shapes.
     Shape: (N, 3, S, S) -> (N, num_classes) logits; S is 224 in the paper.
     Raises ValueError for an argument out of range.
@@ -293,7 +293,7 @@ def read_checkpoint(source):
 def check_values(model, checkpoint):
     """Raise ValueError, with the part of the checkpoint, for values that no script can use."""
     part = "model"
-    try:
+    try:  # `format` in the last check fails for a missing key, and for a value of another type
         weights = checkpoint["model"].values()
         if any(w.is_meta or w.untyped_storage().nbytes() < w.nbytes for w in weights):
             raise ValueError("weights that are larger than the file")
@@ -402,8 +402,9 @@ def table2(model, image_size):
 def main():
     parser = argparse.ArgumentParser(description="Print Table 2 with measured shapes and costs.")
     parser.add_argument("--width", type=float, default=1.0, help="width multiplier (default: 1.0)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: 224)")
-    parser.add_argument("--output-stride", type=int, default=32, help="32 (default), 16 or 8")
+    parser.add_argument("--image-size", type=int, default=224, help="image side (default: 224)")
+    text = "ratio of image to last feature map: 32, 16 or 8 (default: 32)"
+    parser.add_argument("--output-stride", type=int, default=32, help=text)
     parser.error = lambda message: parser.exit(2, f"mobilenetv2.py: {message}\n")  # one line
     args = parser.parse_args()
     try:

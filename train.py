@@ -39,8 +39,8 @@ RECIPES = {
     "small": ("sgd", "cosine", 0.1, 64, 3),
     # The paper, §6.1: 16 GPUs, each with updates of its own from batches of 96; no epochs given.
     "paper": ("rmsprop", "exponential", 0.045, 96, 300),
-    # https://github.com/d-li14/mobilenetv2.pytorch: 72% on ImageNet, without warm-up and Nesterov
-    # momentum, and with weight decay for BatchNorm.
+    # 72% on ImageNet in https://github.com/d-li14/mobilenetv2.pytorch, which differs from this
+    # script: no warm-up, no Nesterov momentum, and weight decay also for BatchNorm.
     "cosine": ("sgd", "cosine", 0.05, 256, 150),
 }
 
@@ -72,7 +72,7 @@ def train_epoch(model, batches, optimizer, scheduler, loss_function):
 def validate(model, batches):
     """Return {"val_loss", "val_top1"}: cross-entropy, and share of correct predictions."""
     if data.PROCESSES > 1:
-        for buffer in model.buffers():  # rank 0's running statistics are the saved ones
+        for buffer in model.buffers():  # process 0 (rank 0) saves: all use its running statistics
             distributed.broadcast(buffer, 0)
     logits, labels = predict(model, batches)
     scores = score(logits, labels)
@@ -108,7 +108,7 @@ def main():
         check_classes(last, dataset)
         restore(args, last, model, optimizer, scheduler)
     while not is_finished(history, "scratch", args.epochs):
-        # Seeds order, augmentation and dropout. Hashes of integers are the same in every process.
+        # A seed per epoch and process, for order, augmentation and dropout: --resume repeats them.
         torch.manual_seed(hash((args.seed, len(history), data.RANK)))
         model.train()
         row = train_epoch(wrapped, train_batches, optimizer, scheduler, loss_function)
@@ -122,7 +122,7 @@ def main():
 def parameter_groups(parameters, learning_rate, weight_decay):
     """Make two optimizer groups: weight decay only for convolutions and linear layers.
 
-    Biases, and BatchNorm's scale and shift, do not overfit (Goyal et al., arXiv:1706.02677, §5.1).
+    BatchNorm's scale and shift have none in Goyal et al., arXiv:1706.02677, §5.1; nor do biases.
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for parameter in parameters:
@@ -167,7 +167,7 @@ def dice_loss(logits, labels):
 
 def make_loss(args):
     # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that logits need
-    # not grow without limit (Szegedy et al., arXiv:1512.00567, §7). It includes the softmax.
+    # not grow without limit (Szegedy et al., arXiv:1512.00567, §7). cross_entropy applies softmax.
     cross_entropy = partial(functional.cross_entropy, label_smoothing=args.label_smoothing)
     return {"cross-entropy": cross_entropy, "focal": focal_loss, "dice": dice_loss}[args.loss]
 
@@ -220,7 +220,7 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
     if data.RANK == 0:
         write_table(args.out / "log.csv", [list(row), *(row.values() for row in history)])
         about = (model, dataset.classes, dataset.preprocessing, history)
-        # Within one standard error, √(p (1 - p) / n), prefer the later epoch: its rate is lower.
+        # Within one standard error, √(p (1 - p) / n), prefer the later epoch: mostly a lower rate.
         best = max(row["val_top1"] for row in history)
         if row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5:
             save_checkpoint(args.out / "best.pt", *about)
@@ -235,16 +235,16 @@ def check_classes(last, dataset):
         raise data.DataError("--resume: the classes of the data have changed; use --overwrite")
 
 def restore(args, last, model, optimizer, scheduler):
-    """Load the states in last.pt. Steps of a copy find states that do not fit (DataError)."""
+    """Load the states in last.pt. A copy takes two steps, to find states that do not fit."""
     with data.reading(f"a state in '{args.out / 'last.pt'}' does not fit", "use --overwrite"):
         for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
             part.load_state_dict(last[name])
-        trial, rates = copy.deepcopy((optimizer, scheduler))  # the originals stay as saved
+        trial, schedule = copy.deepcopy((optimizer, scheduler))  # the originals stay as saved
         trial.state.default_factory = None  # a missing state is a KeyError
         for parameter in (p for group in trial.param_groups for p in group["params"]):
             parameter.grad = torch.zeros_like(parameter)
         trial.step()
-        rates.step()
+        schedule.step()
         trial.step()
 
 def finish(args, dataset, history):
@@ -252,7 +252,7 @@ def finish(args, dataset, history):
     if data.RANK == 0:
         plot_history(history, args.out / "curves.png")
         if history[-1]["val_loss"] > math.log(len(dataset.classes)):
-            print("warning: equal probabilities have a lower loss; use more epochs or a lower rate")
+            print("warning: guessing has a lower loss; use more epochs or a lower --learning-rate")
         print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
         print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
 
@@ -268,7 +268,7 @@ def parse_arguments(description, defaults):
         with data.reading(f"cannot use the settings of '{path}'", "use --overwrite"):
             own = {"recipe", "unfreeze"} & vars(args).keys()  # train.py's or finetune.py's option
             if not own <= {*last.get("settings", ())}:
-                raise ValueError("it is not the last.pt of such a run")
+                raise ValueError("this script did not write it")
             args = data.parse_arguments(description, shared | defaults, last["settings"])
             print(f"{path}: continues with its settings after epoch {last['history'][-1]['epoch']}")
         return args, last

@@ -392,7 +392,7 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, 
     command = (*SMALL, *SMALL_NETWORK, "--out")
     for arguments, message in (
         ((folder,), "contains a run; use --resume, --overwrite or another --out"),
-        ((other, "--resume"), "is not the last.pt of such a run"),
+        ((other, "--resume"), "this script did not write it"),
     ):
         code, _, err = call(train, *command, *arguments)
         assert code == 2 and message in err and len(err.splitlines()) == 1
@@ -547,7 +547,7 @@ def test_two_processes_train_one_network(tmp_path):
 def test_resume_refuses_runs_of_another_script_and_changed_classes(trained, tmp_path, call):
     shutil.copytree(trained, tmp_path / "run")
     code, _, error = call(finetune, "--resume", "--out", tmp_path / "run")
-    assert code == 2 and "is not the last.pt of such a run" in error
+    assert code == 2 and "this script did not write it" in error
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     last["classes"] = last["classes"][::-1]
     torch.save(last, tmp_path / "run" / "last.pt")
