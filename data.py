@@ -58,7 +58,7 @@ PREPROCESSING = {
     "glyphs": SMALL,
     "digits": SMALL,
     "mnist": SMALL | {"mean": [0.1307] * 3, "std": [0.3081] * 3},
-    "fashion-mnist": SMALL | {"mean": [0.2860] * 3, "std": [0.3530] * 3},
+    "fashion-mnist": SMALL | {"mean": [0.2860] * 3, "std": [0.3530] * 3},  # arXiv:1708.07747
     "cifar10": SMALL | CIFAR10,
     "flowers": PHOTOS,
 }
@@ -172,21 +172,21 @@ def resize(images, size):
         return images.float()
     return functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
-def crop_and_flip(images, size):
-    """Shift each image by up to an eighth of its side, and mirror half of them.
+def crop_and_flip(images, size, shift=1 / 8):
+    """Shift each image by up to a share `shift` of its side, and mirror half of them.
 
     He et al. (arXiv:1512.03385, §4.2) do so with CIFAR-10, by up to 4 of 32 pixels. torchvision's
     transforms would change all images of a batch in the same way.
     Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
     """
     count, side = len(images), images.shape[-1]
-    border = side // 8
-    # All possible windows, as a view without copies: (N, C, 2b+1, 2b+1, H, H)
+    border = round(side * shift)
+    # All windows, as a view without copies: (N, C, 2b + 1, 2b + 1, H, H) with the border b
     windows = functional.pad(images, [border] * 4).unfold(2, side, 1).unfold(3, side, 1)
     top, left = torch.randint(2 * border + 1, (2, count), device=images.device)
     images = windows[torch.arange(count, device=images.device), :, top, left]  # (N, C, H, H)
-    mirrored = torch.rand(count, device=images.device) < 0.5
-    return resize(torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images), size)
+    mirrored = torch.rand(count, 1, 1, 1, device=images.device) < 0.5
+    return resize(torch.where(mirrored, images.flip(3), images), size)
 
 def distort(images, size):
     """Give each letter or digit a new shape, as if another hand or font had drawn it.
@@ -280,7 +280,7 @@ def load_digits(size):
 
 PUBLISHED = {  # torchvision's class, which can download the files, and the augmentation
     "mnist": (datasets.MNIST, distort),  # LeCun et al., 1998
-    "fashion-mnist": (datasets.FashionMNIST, crop_and_flip),  # Xiao et al., arXiv:1708.07747
+    "fashion-mnist": (datasets.FashionMNIST, partial(crop_and_flip, shift=1 / 16)),
     "cifar10": (datasets.CIFAR10, crop_and_flip),  # Krizhevsky, 2009
 }
 
@@ -582,9 +582,9 @@ def run(main, *errors):
 # -------------------------------------------------------------------------------------- the script
 def describe(dataset):
     """Format the image counts per class and split."""
-    labels = [labels for _, labels in dataset.splits.values()]
-    counts = [torch.bincount(n, minlength=len(dataset.classes)).tolist() for n in labels]
-    table = [("", *dataset.splits), *zip(dataset.classes, *counts), ("total", *map(sum, counts))]
+    classes, splits = dataset.classes, dataset.splits
+    counts = [n.bincount(minlength=len(classes)).tolist() for _, n in splits.values()]
+    table = [("", *splits), *zip(classes, *counts), ("total", *map(sum, counts))]
     width = max(len(name) for name, *_ in table)
     return "\n".join(f"{name:{width}}" + "".join(map("{:>8}".format, row)) for name, *row in table)
 

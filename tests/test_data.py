@@ -207,7 +207,7 @@ def test_letters_and_digits_are_never_mirrored(glyphs):
     """Their augmentation is `distort`: a mirrored 3 or S would be another character."""
     assert load_data("digits").augment is glyphs.augment is data.distort
     assert data.PUBLISHED["mnist"][1] is data.distort
-    assert data.PUBLISHED["fashion-mnist"][1] is data.PUBLISHED["cifar10"][1] is data.crop_and_flip
+    assert data.PUBLISHED["fashion-mnist"][1].func is data.PUBLISHED["cifar10"][1] is data.crop_and_flip
     image = torch.zeros(200, 1, 32, 32, dtype=torch.uint8)
     image[:, :, 4:28, 6:10] = image[:, :, 4:8, 6:26] = 255  # the upper left corner of a frame
     out = data.distort(image, 32)
