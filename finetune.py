@@ -75,7 +75,8 @@ def main():
     front.requires_grad_(False)
     loss_function, history = train.make_loss(args), last["history"] if last else []
     for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
-        if train.is_finished(history, stage, epochs):
+        remaining = epochs - sum(row["stage"] == stage for row in history)
+        if remaining < 1:
             continue
         if stage == "classifier":
             network, tuned = nn.Sequential(model.dropout, model.classifier), ()
@@ -89,7 +90,7 @@ def main():
         if last and history[-1]["stage"] == stage:
             train.restore(args, last, model, optimizer, scheduler)
         wrapped = train.wrap(network, args)
-        while not train.is_finished(history, stage, epochs):
+        for _ in range(remaining):
             torch.manual_seed(hash((args.seed, len(history), data.RANK)))
             network.train()
             freeze_batch_norm(front if args.train_batch_norm else network)  # network: all layers

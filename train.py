@@ -107,7 +107,7 @@ def main():
     if last:
         check_classes(last, dataset)
         restore(args, last, model, optimizer, scheduler)
-    while not is_finished(history, "scratch", args.epochs):
+    while len(history) < args.epochs:
         # A seed per epoch and process, for order, augmentation and dropout: --resume repeats them.
         torch.manual_seed(hash((args.seed, len(history), data.RANK)))
         model.train()
@@ -205,9 +205,6 @@ def set_defaults(args, defaults):
     """Set the options that are None, that is, not set on the command line."""
     known = {name: value for name, value in vars(args).items() if value is not None}
     vars(args).update(defaults | known)
-
-def is_finished(history, stage, epochs):
-    return sum(row["stage"] == stage for row in history) >= epochs
 
 def save_epoch(args, model, dataset, history, optimizer, scheduler):
     """Print the latest row of `history`, and write log.csv, last.pt and perhaps best.pt."""

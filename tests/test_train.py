@@ -239,12 +239,6 @@ def test_training_learns(bars, tmp_path, call):
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_a_stage_ends_after_all_its_epochs():
-    history = [{"stage": "a"}] * 4
-    assert train.is_finished(history, "a", 4) and not train.is_finished(history, "a", 5)
-    assert train.is_finished(history, "b", 0) and not train.is_finished(history, "b", 1)
-
-
 # ------------------------------------------------------------------------------- the files of a run
 
 
