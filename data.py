@@ -326,7 +326,7 @@ def fetch_flowers(data_dir):
     folder, archive = data_dir / "flower_photos", data_dir / "flower_photos.tgz"
     if folder.is_dir():
         return folder
-    fix = f"delete '{archive}' if it exists, and download {FLOWERS} again"
+    fix = f"download {FLOWERS} to '{archive}'"
     with reading("--data flowers: no photos", fix):
         data_dir.mkdir(parents=True, exist_ok=True)
         if not archive.is_file():
@@ -431,7 +431,7 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
         counts = [max(round(len(indices) * share), 1) if share else 0 for share in shares]
         if sum(counts) >= len(indices):
             name = paths[indices[0]].parent
-            raise DataError(f"'{name}': {len(indices)} images are too few; add some")
+            raise DataError(f"'{name}': too few images ({len(indices)}); add some")
         parts.append(numpy.split(numpy.array(indices), numpy.cumsum(counts)))
     return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]  # shares, training
 
@@ -565,7 +565,7 @@ def run(main, *errors):
     try:
         return main()
     except KeyboardInterrupt:
-        message = "interrupted; training continues after its last complete epoch with --resume"
+        message = "interrupted; a run with a last.pt continues with --resume"
     except (DataError, *errors) as error:
         message = str(error).rpartition("DataError: ")[2]  # after the traceback of a worker
     except OSError as error:

@@ -284,7 +284,7 @@ def classify(args):
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     logits, labels = predict(model, dataset.batches("test"))
     rows = write_predictions(args.out / "images.csv", paths, labels, logits, classes)
-    print(f"{args.checkpoint}: {len(classes)} classes ({', '.join(classes[:5])}, ...)")
+    print(f"{args.checkpoint}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
     for path, _, *best in rows:
         best = [f"{name} {float(p):.1%}" for name, p in zip(best[::2], best[1::2])]
         print(f"{path}: {', '.join(best)}")
@@ -300,7 +300,8 @@ def main():
     (classify if args.images else evaluate)(args)
     print(f"\nwrote the results to {args.out}")
     if not args.images:
-        print(f'next: python export.py --checkpoint "{args.checkpoint}" --data "{args.data}"')
+        options = f'--data "{args.data}" --out "{Path(args.checkpoint).parent}-export"'
+        print(f'next: python export.py --checkpoint "{args.checkpoint}" {options}')
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

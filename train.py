@@ -251,7 +251,8 @@ def finish(args, dataset, history):
         if history[-1]["val_loss"] > math.log(len(dataset.classes)):
             print("warning: guessing has a lower loss; use more epochs or a lower --learning-rate")
         print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
-        print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" --data "{args.data}"')
+        options = f'--data "{args.data}" --out "{args.out}-evaluation"'
+        print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" {options}')
 
 def parse_arguments(description, defaults):
     """Parse the options. Returns (args, last.pt's checkpoint if the run is resumed, else None)."""
@@ -267,7 +268,7 @@ def parse_arguments(description, defaults):
             if not own <= {*last.get("settings", ())}:
                 raise ValueError("this script did not write it")
             args = data.parse_arguments(description, shared | defaults, last["settings"])
-            print(f"{path}: continues with its settings after epoch {last['history'][-1]['epoch']}")
+            print(f"{path}: resumes after epoch {len(last['history'])}, with the run's settings")
         return args, last
     if path.exists() and not args.overwrite:
         fix = "use --resume, --overwrite or another --out"

@@ -264,7 +264,7 @@ def test_a_run_has_one_history_and_the_same_command_gives_the_same_bytes(
     assert rows == [("classifier", "1"), ("classifier", "2"), ("blocks", "3"), ("blocks", "4")]
     best, lines = tmp_path / "best.pt", out.splitlines()
     assert lines[0] == f"digits: 10 classes, on cpu; from {start}"
-    assert lines[-1] == f'next: python evaluate.py --checkpoint "{best}" --data "digits"'
+    assert lines[-1] == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
     checkpoint = load_checkpoint(best)[1]
     assert checkpoint["classes"] == list("0123456789")
     assert checkpoint["preprocessing"] == data.SMALL | {"image_size": 16}

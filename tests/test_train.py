@@ -289,7 +289,7 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     assert (code, err, len(lines)) == (0, "", 5) and lines[0].startswith("digits: 10 classes, 2 × ")
     assert all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[3]
     best = tmp_path / "best.pt"
-    assert lines[4] == f'next: python evaluate.py --checkpoint "{best}" --data "digits"'
+    assert lines[4] == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
 
 
 # ----------------------------------------------------------------------------- interrupt and resume
