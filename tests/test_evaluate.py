@@ -348,7 +348,7 @@ def test_images_without_labels_are_classified_and_explained(trained, photos, tmp
     code, out, err = call(evaluate, *options, photos, photos / "light" / "3.png", "--explain")
     assert code == 0 and err.startswith("skipping ") and "damaged.jpg" in err and len(err.splitlines()) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"images.csv", "images.png", "images-explanation.png"}
-    assert out.startswith(f"{trained / 'best.pt'}: 10 classes (0, 1, ")
+    assert out.startswith(f"{trained / 'best.pt'}: 10 classes, from 0 to 9")
     rows = read_csv(tmp_path / "out" / "images.csv")
     paths = [*sorted(photos.rglob("*.png")), photos / "light" / "3.png"]
     assert [row["image"] for row in rows] == list(map(str, paths)) and {row["true"] for row in rows} == {""}

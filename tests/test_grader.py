@@ -109,7 +109,7 @@ WRONG = {
         "row 1 .*: gives 31 × 31 pixels for an image of 64, expected 32 × 32",
         ("kernel_size // 2", "kernel_size // 2 * (in_channels > 3)"),
     ),
-    "bias left on": ("has a bias, expected bias=False. .*convention", ("bias=False", "bias=True")),
+    "bias left on": ("has a bias, expected bias=False. .*convention", ('"bias": False', '"bias": True')),
     "no BatchNorm": ("row 1 .* nn.BatchNorm2d, .* does not follow directly", (NORM, "layers.norm = nn.Identity()")),
     "BatchNorm after the activation": (
         "row 1 .* nn.BatchNorm2d, .* does not follow directly",
@@ -291,7 +291,7 @@ WRONG = {
     "BatchNorm folded into the convolutions": (
         "row 1 .* does not follow directly. No BatchNorm runs .*is BatchNorm folded into them",
         (NORM, "layers.norm = nn.Identity()"),
-        ("bias=False", "bias=True"),
+        ('"bias": False', '"bias": True'),
     ),
     "nn.Dropout made in forward": (
         r"active in eval mode \(student.py, line \d+\).*made inside forward",
@@ -458,7 +458,7 @@ def statuses(submission):
 
 
 def test_independent_faults_cost_only_their_own_points():
-    changes = (", activation=False)", ")"), (SHORTCUT, "return out"), ("bias=False", "bias=True")
+    changes = (", activation=False)", ")"), (SHORTCUT, "return out"), ('"bias": False', '"bias": True')
     found = statuses(load(patch(*changes)))
     assert [name for name in found if found[name] == "failed"] == [
         "normalisation", "linear bottleneck", "shortcut", "parameters and multiply-adds"]  # fmt: skip
