@@ -57,9 +57,9 @@ CIFAR10 = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616], "c
 PREPROCESSING = {
     "glyphs": SMALL,
     "digits": SMALL,
-    "mnist": SMALL | {"mean": [0.1307] * 3, "std": [0.3081] * 3},
+    "mnist": SMALL | {"mean": [0.1307] * 3, "std": [0.3081] * 3},  # LeCun et al., 1998
     "fashion-mnist": SMALL | {"mean": [0.2860] * 3, "std": [0.3530] * 3},  # arXiv:1708.07747
-    "cifar10": SMALL | CIFAR10,
+    "cifar10": SMALL | CIFAR10,  # Krizhevsky, 2009
     "flowers": PHOTOS,
 }
 REPEATS = {"glyphs": 32, "digits": 4}  # passes per epoch, each with new augmentations
@@ -100,7 +100,7 @@ class Data:
         """
         images, labels = self.splits[split]
         if PROCESSES > 1 and min(len(labels), self.batch_size) < 2 * PROCESSES:
-            raise DataError("fewer than 2 images per process: start fewer, or raise --batch-size")
+            raise DataError("too few images for all processes: use fewer, or raise --batch-size")
         if indices is None:
             # Each process has its own share. Equal shares of "train" give equal numbers of steps.
             end = len(labels) - len(labels) % PROCESSES if split == "train" else len(labels)
@@ -279,9 +279,9 @@ def load_digits(size):
     return list("0123456789"), {key: (images[mask], labels[mask]) for key, mask in masks.items()}
 
 PUBLISHED = {  # torchvision's class, which can download the files, and the augmentation
-    "mnist": (datasets.MNIST, distort),  # LeCun et al., 1998
+    "mnist": (datasets.MNIST, distort),
     "fashion-mnist": (datasets.FashionMNIST, partial(crop_and_flip, shift=1 / 16)),
-    "cifar10": (datasets.CIFAR10, crop_and_flip),  # Krizhevsky, 2009
+    "cifar10": (datasets.CIFAR10, crop_and_flip),
 }
 
 def load_published(name, data_dir, size):
@@ -302,7 +302,8 @@ def load_published(name, data_dir, size):
     splits = {"train": [a[:cut] for a in arrays[:2]], "val": [a[cut:] for a in arrays[:2]]}
     for split, (images, labels) in (splits | {"test": arrays[2:]}).items():
         if images.shape[:1] != labels.shape:
-            raise DataError(f"'{data_dir}': {len(images)} images, {len(labels)} labels; replace it")
+            problem = f"{split} has {len(images)} images, {len(labels)} labels"
+            raise DataError(f"'{data_dir}': {problem}: replace it")
         # (N, H, W), or (N, H, W, 3) in CIFAR-10 -> (N, C, H, W)
         images = images[:, None] if images.dim() == 3 else images.movedim(3, 1)
         if size <= 64:  # resize once, not in every epoch; larger images would fill the memory
@@ -326,8 +327,7 @@ def fetch_flowers(data_dir):
     folder, archive = data_dir / "flower_photos", data_dir / "flower_photos.tgz"
     if folder.is_dir():
         return folder
-    fix = f"download {FLOWERS} to '{archive}'"
-    with reading("--data flowers: no photos", fix):
+    with reading("--data flowers: no photos", f"download {FLOWERS} to '{archive}'"):
         data_dir.mkdir(parents=True, exist_ok=True)
         if not archive.is_file():
             torch.hub.download_url_to_file(FLOWERS, archive, FLOWERS_SHA256)
@@ -582,9 +582,8 @@ def run(main, *errors):
 # -------------------------------------------------------------------------------------- the script
 def describe(dataset):
     """Format the image counts per class and split."""
-    classes, splits = dataset.classes, dataset.splits
-    counts = [n.bincount(minlength=len(classes)).tolist() for _, n in splits.values()]
-    table = [("", *splits), *zip(classes, *counts), ("total", *map(sum, counts))]
+    bins = [n.bincount(minlength=len(dataset.classes)).tolist() for _, n in dataset.splits.values()]
+    table = [("", *dataset.splits), *zip(dataset.classes, *bins), ("total", *map(sum, bins))]
     width = max(len(name) for name, *_ in table)
     return "\n".join(f"{name:{width}}" + "".join(map("{:>8}".format, row)) for name, *row in table)
 

@@ -336,7 +336,8 @@ def load_checkpoint(source, output_stride=None):
         fix = "make a checkpoint with train.py or finetune.py, or use imagenet"
         if source == "imagenet":
             fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
-        raise CheckpointError(f"cannot load '{source}' ({reason[:300]}): {fix}") from error
+        message = f"cannot load '{source}' ({reason[:300]}): {fix}"
+        raise CheckpointError(" ".join(message.split())) from error
     return model, checkpoint
 
 def load_pretrained(source, num_classes, output_stride=None):
@@ -402,7 +403,7 @@ def table2(model, image_size):
 def main():
     parser = argparse.ArgumentParser(description="Print Table 2 with measured shapes and costs.")
     parser.add_argument("--width", type=float, default=1.0, help="width multiplier (default: 1.0)")
-    parser.add_argument("--image-size", type=int, default=224, help="image side (default: 224)")
+    parser.add_argument("--image-size", type=int, default=224, help="side in pixels (default: 224)")
     text = "ratio of image to last feature map: 32, 16 or 8 (default: 32)"
     parser.add_argument("--output-stride", type=int, default=32, help=text)
     parser.error = lambda message: parser.exit(2, f"mobilenetv2.py: {message}\n")  # one line

@@ -122,7 +122,7 @@ def main():
 def parameter_groups(parameters, learning_rate, weight_decay):
     """Make two optimizer groups: weight decay only for convolutions and linear layers.
 
-    BatchNorm's scale and shift have none in Goyal et al., arXiv:1706.02677, §5.1; nor do biases.
+    Biases have none, nor do BatchNorm's scale and shift (Goyal et al., arXiv:1706.02677, §5.1).
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for parameter in parameters:
@@ -217,7 +217,7 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
     if data.RANK == 0:
         write_table(args.out / "log.csv", [list(row), *(row.values() for row in history)])
         about = (model, dataset.classes, dataset.preprocessing, history)
-        # Within one standard error, √(p (1 - p) / n), prefer the later epoch: mostly a lower rate.
+        # Within one standard error, √(p (1 - p) / n), the later epoch wins: often at a lower rate.
         best = max(row["val_top1"] for row in history)
         if row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5:
             save_checkpoint(args.out / "best.pt", *about)

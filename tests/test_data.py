@@ -994,7 +994,7 @@ def test_folders_beside_idx_files_are_ignored(tmp_path, idx_files):
 def test_images_and_labels_that_do_not_match_are_refused(tmp_path, idx_files):
     write_all(tmp_path, idx_files)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_files["t10k-labels-idx1-ubyte"])
-    with pytest.raises(DataError, match="images, .* labels; replace it"):
+    with pytest.raises(DataError, match="train has .* images, .* labels: replace it"):
         load_data("mnist", data_dir=tmp_path)
 
 

@@ -898,11 +898,11 @@ def test_files_are_never_written_through_a_link(tmp_path):
 
 
 def assert_refused(path, reason=None):
-    """Loading `path` must raise a CheckpointError with path, reason and fix."""
+    """Loading `path` must raise a CheckpointError of one line, with path, reason and fix."""
     with pytest.raises(CheckpointError, match=reason) as caught:
         load_checkpoint(path)
     message = str(caught.value)
-    assert message.startswith(f"cannot load '{path}' (")
+    assert message.startswith(f"cannot load '{path}' (") and "\n" not in message
     assert message.endswith("): make a checkpoint with train.py or finetune.py, or use imagenet")
 
 
