@@ -269,8 +269,7 @@ def load_digits(size):
     path = Path(__file__).with_name("digits.npz")
     with reading(f"'{path}' is damaged", "clone the project again"), numpy.load(path) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-    images = (counts[:, None] * (255 / 16)).round()  # (1797, 1, 8, 8)
-    images = resize(images, size).round().byte()
+    images = resize((counts[:, None] * (255 / 16)).round(), size).round().byte()  # (1797, 1, S, S)
     test = torch.arange(len(labels)) >= 898
     val = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
@@ -438,7 +437,7 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
 def load_folder(root):
     """Return (classes, splits) of a folder; without val, a fifth of each class of train is val."""
     there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    folders = {SPLITS[path.name.lower()]: path for path in there if path.name.lower() in SPLITS}
+    folders = {split: p for name, split in SPLITS.items() for p in there if p.name.lower() == name}
     if "train" not in folders:
         if folders and len(folders) == len(there):
             raise DataError(f"'{root}' has {', '.join(folders)}, but no train: add this folder")
@@ -568,9 +567,9 @@ def run(main, *errors):
         message = "interrupted; a run with a last.pt continues with --resume"
     except (DataError, *errors) as error:
         message = str(error).rpartition("DataError: ")[2]  # after the traceback of a worker
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(0)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `| head` has read enough
-            os._exit(0)
         message = f"{error}: check permissions and free space, or use another folder"
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):

@@ -184,11 +184,10 @@ def plot_history(history, path, title=""):
     figure.suptitle(title)
     epochs = [row["epoch"] for row in history]
     # Training often looks worse: it has dropout, augmentation and label smoothing.
-    curves = (("train", "#8c959f", "training"), ("val", "#0969da", "validation"))
+    curves = (("train_", "#8c959f", "training"), ("val_", "#0969da", "validation"))
     for axes, key in zip(figure.subplots(1, 2), ("loss", "top1")):
         for split, colour, label in curves:
-            values = [row[f"{split}_{key}"] for row in history]
-            axes.plot(epochs, values, ".-", color=colour, label=label)
+            axes.plot(epochs, [r[split + key] for r in history], ".-", color=colour, label=label)
         for before, row in zip(history, history[1:]):
             if row["stage"] != before["stage"]:
                 style = {"color": "black", "ls": "--", "lw": 1, "label": f"stage: {row['stage']}"}
@@ -300,8 +299,9 @@ def main():
     (classify if args.images else evaluate)(args)
     print(f"\nwrote the results to {args.out}")
     if not args.images:
-        options = f'--data "{args.data}" --out "{Path(args.checkpoint).parent}-export"'
-        print(f'next: python export.py --checkpoint "{args.checkpoint}" {options}')
+        out = f"{args.checkpoint.removesuffix('/best.pt')}-export"
+        options = f'--checkpoint "{args.checkpoint}" --data "{args.data}" --out "{out}"'
+        print(f"next: python export.py {options}")
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

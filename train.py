@@ -207,19 +207,20 @@ def set_defaults(args, defaults):
     vars(args).update(defaults | known)
 
 def save_epoch(args, model, dataset, history, optimizer, scheduler):
-    """Print the latest row of `history`, and write log.csv, last.pt and perhaps best.pt."""
+    """Print the latest row of `history`, and write log.csv, last.pt and, if printed, best.pt."""
     row = history[-1]
     if not math.isfinite(row["train_loss"] + row["val_loss"]):
         raise data.DataError("the loss is not finite: lower --learning-rate and use --overwrite")
+    # Within one standard error, √(p (1 - p) / n), the later epoch wins: often at a lower rate.
+    best = max(row["val_top1"] for row in history)
+    chosen = row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5
     text = "{stage} {epoch:3}  train loss {train_loss:.3f} top1 {train_top1:.2%}  "
-    text += "val loss {val_loss:.3f} top1 {val_top1:.2%}"
+    text += "val loss {val_loss:.3f} top1 {val_top1:.2%}" + ("  best.pt" if chosen else "")
     print(text.format(**row), flush=True)
     if data.RANK == 0:
         write_table(args.out / "log.csv", [list(row), *(row.values() for row in history)])
         about = (model, dataset.classes, dataset.preprocessing, history)
-        # Within one standard error, √(p (1 - p) / n), the later epoch wins: often at a lower rate.
-        best = max(row["val_top1"] for row in history)
-        if row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5:
+        if chosen:
             save_checkpoint(args.out / "best.pt", *about)
         # last.pt is written last: if the process ends before, --resume repeats the epoch.
         free = ("out", "data_dir", "device", "workers", "resume", "overwrite")  # may differ

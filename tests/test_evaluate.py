@@ -168,6 +168,8 @@ def test_evaluate_writes_report_tables_and_pictures(trained, tmp_path, call, no_
     assert all(imread(tmp_path / picture).std() > 0 for picture in pictures)
     report = (tmp_path / "report.txt").read_text()
     assert report in out and "no test split" not in report
+    after = f'python export.py --checkpoint "{trained / "best.pt"}" --data "digits" --out "{trained}-export"'
+    assert out.splitlines()[-1] == f"next: {after}"
 
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert {"top1", "top5", "loss", "macro", "weighted", "per_class", "images", "split"} <= metrics.keys()
@@ -214,7 +216,7 @@ def test_torchvision_weights_take_the_classes_of_the_dataset(photos, tmp_path, c
         torch.save(weights, tmp_path / "theirs.pth")
         code, out, err = call(evaluate, *options, "--data", photos)
         if known is None:
-            assert (code, err) == (0, "") and "  dark  " in out
+            assert (code, err) == (0, "") and "  dark  " in out and out.endswith('theirs.pth-export"\n')
         else:
             assert code == 2 and known in err
     assert call(evaluate, *options, "--images", photos)[0] == 0  # these have the classes of ImageNet

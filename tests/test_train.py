@@ -262,7 +262,7 @@ def test_a_run_leaves_its_files(trained):
     assert imread(trained / "curves.png").std() > 0
 
 
-def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accuracy(tmp_path):
+def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accuracy(tmp_path, capsys):
     args, history, model = SimpleNamespace(out=tmp_path), [], MobileNetV2(2, 0.35)
     splits = {"val": (None, torch.zeros(100))}  # standard error at 0.7: √(0.7 · 0.3 / 100) = 0.046
     dataset = SimpleNamespace(classes=["a", "b"], preprocessing=data.SMALL, splits=splits)
@@ -277,6 +277,8 @@ def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accur
         model, checkpoint = load_checkpoint(tmp_path / name)
         assert model.classifier.bias.tolist() == [epoch] * 2
         assert checkpoint["history"] == history[:epoch]
+    marks = [line.endswith("  best.pt") for line in capsys.readouterr().out.splitlines()]
+    assert marks == [True, True, True, False]
 
 
 def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
