@@ -100,7 +100,7 @@ def write_mnist(folder, train, test):
 
 def fashion_mnist(folder, preprocessing, augmented):
     """Return torchvision's dataset with the transforms of the tutorials."""
-    random = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    random = [transforms.RandomCrop(32, padding=2), transforms.RandomHorizontalFlip()]
     random = random if augmented else []
     to_tensor = [transforms.Grayscale(3), transforms.ToTensor()]
     normalise = transforms.Normalize(preprocessing["mean"], preprocessing["std"])

@@ -5,7 +5,7 @@ Replace the TODOs in order. handout.md explains the tasks and names the sections
     Sandler, Howard, Zhu, Zhmoginov, Chen: "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
     CVPR 2018, https://arxiv.org/abs/1801.04381
 
-Grade this file as often as you like. The message names the next TODO:
+Grade this file as often as you like. The message names a missing TODO:
 
     python -m pytest tests/test_mobilenetv2.py --implementation docs/assignment/student.py
 """
@@ -85,7 +85,7 @@ class MobileNetV2(nn.Module):
         raise NotImplementedError("TODO 5: write the forward pass of the network")
 
 
-if __name__ == "__main__":  # a first check of tasks 1 to 3: python student.py
+if __name__ == "__main__":  # a first check of tasks 1 to 3: run this file
     assert [make_divisible(value) for value in (32, 11.2, 12, 33.6, 3)] == [32, 16, 16, 32, 8]
     block = InvertedResidual(16, 24, stride=2, expansion=6)
     assert block(torch.randn(2, 16, 8, 8)).shape == (2, 24, 4, 4)
