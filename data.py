@@ -292,7 +292,7 @@ def load_published(name, data_dir, size):
         arrays, classes = [read_idx(paths[0]) for paths in found], kind.classes
     else:
         source = kind.url if name == "cifar10" else f"the four .gz files of {kind.mirrors[0]}"
-        fix = f"download {source} into a new folder, and use it as --data-dir"
+        fix = f"download {source} into '{data_dir}/{name}', and use it as --data-dir"
         with reading(f"--data {name}: no files, and no download", fix):
             parts = [kind(data_dir, train, download=True) for train in (True, False)]
             arrays = [torch.as_tensor(a) for part in parts for a in (part.data, part.targets)]
