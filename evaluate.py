@@ -186,8 +186,8 @@ def plot_history(history, path, title=""):
     # Training often looks worse: it has dropout, augmentation and label smoothing.
     curves = (("train_", "#8c959f", "training"), ("val_", "#0969da", "validation"))
     for axes, key in zip(figure.subplots(1, 2), ("loss", "top1")):
-        for split, colour, label in curves:
-            axes.plot(epochs, [r[split + key] for r in history], ".-", color=colour, label=label)
+        for prefix, colour, label in curves:
+            axes.plot(epochs, [r[prefix + key] for r in history], ".-", color=colour, label=label)
         for before, row in zip(history, history[1:]):
             if row["stage"] != before["stage"]:
                 style = {"color": "black", "ls": "--", "lw": 1, "label": f"stage: {row['stage']}"}

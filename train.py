@@ -207,7 +207,7 @@ def set_defaults(args, defaults):
     vars(args).update(defaults | known)
 
 def save_epoch(args, model, dataset, history, optimizer, scheduler):
-    """Print the latest row of `history`, and write log.csv, last.pt and, if printed, best.pt."""
+    """Print the latest row of `history`; write log.csv, last.pt and, if chosen, best.pt."""
     row = history[-1]
     if not math.isfinite(row["train_loss"] + row["val_loss"]):
         raise data.DataError("the loss is not finite: lower --learning-rate and use --overwrite")
