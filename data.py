@@ -69,8 +69,10 @@ APPLE = torch.backends.mps.is_available()
 MEMORY_FORMAT = torch.contiguous_format if APPLE else torch.channels_last
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 
+
 class DataError(ValueError):
     """Data or an option that cannot be used. The message names the problem and the fix."""
+
 
 @contextmanager
 def reading(problem, fix):
@@ -80,9 +82,11 @@ def reading(problem, fix):
     except Exception as error:
         raise DataError(f"{problem} ({str(error)[:200]}); {fix}") from error
 
+
 @dataclass
 class Data:
     """A dataset. Its images are uint8 (N, C, H, W) in memory, or a numpy array of N paths."""
+
     classes: list  # names, in the order of the labels
     preprocessing: dict
     splits: dict  # "train", "val" and perhaps "test": (images, labels (N,))
@@ -117,6 +121,7 @@ class Data:
         dataset = PhotoDataset(*source, augmented)
         return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers)
 
+
 def load_data(name, preprocessing=None, per_class=None, seed=0, data_dir="datasets", **options):
     """Load a dataset by name (a key of PREPROCESSING) or folder. Returns Data; raises DataError.
 
@@ -145,6 +150,7 @@ def load_data(name, preprocessing=None, per_class=None, seed=0, data_dir="datase
         repeats = max(repeats * len(labels) // len(kept), 1)  # an epoch keeps its size
     return Data(classes, preprocessing, splits, augment, repeats, **options)
 
+
 class ArrayDataset(Dataset):
     """Images in memory: uint8 (N, C, H, W). An item is a whole batch, which is fast to augment."""
 
@@ -160,17 +166,20 @@ class ArrayDataset(Dataset):
         images = self.augment(images, self.preprocessing["image_size"])
         return normalise(images, self.preprocessing), self.labels[indices].to(self.device)
 
+
 def normalise(images, preprocessing):
     """Subtract mean, divide by std: (N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S)."""
     mean = 255 * torch.tensor(preprocessing["mean"], device=images.device).view(3, 1, 1)
     std = 255 * torch.tensor(preprocessing["std"], device=images.device).view(3, 1, 1)
     return (images - mean) / std  # a grayscale image fills all three channels
 
+
 def resize(images, size):
     """Resize (N, C, H, W) of any type -> float (N, C, size, size), bilinear."""
     if images.shape[-2:] == (size, size):
         return images.float()
     return functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+
 
 def crop_and_flip(images, size, shift=1 / 8):
     """Shift each image by up to a share `shift` of its side, and mirror half of them.
@@ -188,6 +197,7 @@ def crop_and_flip(images, size, shift=1 / 8):
     mirrored = torch.rand(count, 1, 1, 1, device=images.device) < 0.5
     return resize(torch.where(mirrored, images.flip(3), images), size)
 
+
 def distort(images, size):
     """Give each letter or digit a new shape, as if another hand or font had drawn it.
 
@@ -196,8 +206,10 @@ def distort(images, size):
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images, count = images.float() / 255, len(images)
+
     def uniform(limit, *shape):  # one value (or `shape` values) per image, from -limit to limit
         return (2 * torch.rand(count, *shape, device=images.device) - 1) * limit
+
     angle, shear = uniform(0.25), uniform(0.35)  # radians; tangent of the slant
     scale_x, scale_y = uniform(0.25).exp(), uniform(0.25).exp()
     cos, sin = angle.cos(), angle.sin()
@@ -222,6 +234,7 @@ def distort(images, size):
     noise = torch.randn(images.shape, device=images.device) * uniform(0.1, 1, 1, 1)
     return (images + noise).clamp(0, 1) * 255
 
+
 # ------------------------------------------------------------------------------- glyphs and digits
 # As in EMNIST "balanced" (arXiv:1702.05373): no lower-case letter that looks like its capital.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
@@ -235,6 +248,7 @@ GLYPH_FONTS = {
     "test": ["cmb10", "cmss10", "cmtt10"],
 }
 
+
 def draw_glyph(character, font):
     """Draw a letter, white on black, centred: uint8 (1, 64, 64)."""
     left, top, right, bottom = font.getbbox(character)
@@ -242,6 +256,7 @@ def draw_glyph(character, font):
     ImageDraw.Draw(letter).text((-left, -top), character, fill=255, font=font)
     letter = ImageOps.contain(letter, (54, 54), Image.Resampling.LANCZOS)
     return v2.functional.center_crop(v2.functional.pil_to_tensor(letter), [64, 64])
+
 
 def load_glyphs(size):
     """Draw all letters in all fonts. Validation and test letters are distorted once, here."""
@@ -257,6 +272,7 @@ def load_glyphs(size):
                 images = distort(images, size).round().byte()
         splits[split] = images, labels
     return GLYPH_CLASSES, splits
+
 
 def load_digits(size):
     """Read 1,797 digits by 13 writers: the test part of UCI's Optical Recognition of Handwritten
@@ -277,11 +293,13 @@ def load_digits(size):
     masks = {"train": ~val & ~test, "val": val, "test": test}
     return list("0123456789"), {key: (images[mask], labels[mask]) for key, mask in masks.items()}
 
+
 PUBLISHED = {  # torchvision's class, which can download the files, and the augmentation
     "mnist": (datasets.MNIST, distort),
     "fashion-mnist": (datasets.FashionMNIST, partial(crop_and_flip, shift=1 / 16)),
     "cifar10": (datasets.CIFAR10, crop_and_flip),
 }
+
 
 def load_published(name, data_dir, size):
     """Load MNIST, Fashion-MNIST or CIFAR-10; the last tenth of train is the validation split."""
@@ -310,6 +328,7 @@ def load_published(name, data_dir, size):
         splits[split] = images, labels.long()
     return [label.partition(" - ")[0] for label in classes], splits  # not "0 - zero"
 
+
 def read_idx(path):
     """Read LeCun's IDX format: 2 zeros, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
     unpack = gzip.open if path.suffix == ".gz" else open
@@ -318,8 +337,10 @@ def read_idx(path):
         contents = file.read(int(min(shape.prod(dtype=float), 1e9)) + 1)  # the end has a checksum
         return torch.from_numpy(numpy.frombuffer(contents, numpy.uint8).reshape(shape).copy())
 
+
 FLOWERS = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
+
 
 def fetch_flowers(data_dir):
     """Return the folder of TensorFlow's flower photos (229 MB), downloaded and unpacked once."""
@@ -334,11 +355,13 @@ def fetch_flowers(data_dir):
             shutil.unpack_archive(archive, temporary, filter="data")  # stays in `temporary`
             return Path(temporary, folder.name).rename(folder)
 
+
 # ------------------------------------------------------------------------------- folders of photos
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 warnings.filterwarnings("ignore", module="PIL")  # large images and unusual EXIF data are readable
 Image.MAX_IMAGE_PIXELS = 60 * 10**6  # PIL raises an error for more than twice as many
+
 
 class PhotoDataset(Dataset):
     """Photos on disk: `paths` (N,) and labels int64 (N,)."""
@@ -363,6 +386,7 @@ class PhotoDataset(Dataset):
         image = open_image(self.paths[index], self.preprocessing)
         return self.transform(image), self.labels[index]
 
+
 def open_image(path, preprocessing):
     """Decode a file to an upright PIL image in RGB. Raises DataError."""
     with reading(f"'{path}': cannot read this image", "remove it"):
@@ -383,6 +407,7 @@ def open_image(path, preprocessing):
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("L" if preprocessing["channels"] == 1 else "RGB").convert("RGB")
 
+
 def is_readable(path):
     """Tell whether a file is an image. Only decoding shows whether a JPEG is complete."""
     try:
@@ -393,12 +418,14 @@ def is_readable(path):
         return False
     return True
 
+
 def find_images(folder):
     """List the readable images below `folder`, sorted. Hidden files and folders are left out."""
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     files = [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return [path for path, ok in zip(files, threads.map(is_readable, files)) if ok]
+
 
 def list_folder(root):
     """List root/<class>/...: (sorted class names, paths (N,), labels (N,)). Raises DataError."""
@@ -420,6 +447,7 @@ def list_folder(root):
     paths = numpy.array([path for name in classes for path in images[name]])
     return classes, paths, torch.tensor(labels)
 
+
 def split_folder(root, paths, labels, shares=(0.2,), salt=""):
     """Split each class in the order of path hashes, so that a moved folder keeps its split."""
     names = [normalize("NFC", path.relative_to(root).as_posix()) for path in paths]
@@ -433,6 +461,7 @@ def split_folder(root, paths, labels, shares=(0.2,), salt=""):
             raise DataError(f"'{name}': too few images ({len(indices)}); add some")
         parts.append(numpy.split(numpy.array(indices), numpy.cumsum(counts)))
     return [numpy.sort(numpy.concatenate(part)) for part in zip(*parts)]  # shares, training
+
 
 def load_folder(root):
     """Return (classes, splits) of a folder; without val, a fifth of each class of train is val."""
@@ -454,6 +483,7 @@ def load_folder(root):
         splits |= {"train": (paths[train], labels[train]), "val": (paths[val], labels[val])}
     return classes, splits
 
+
 # ---------------------------------------------------------------------------------------- pictures
 # Class names may be Chinese, Japanese or Korean: add the fonts of this computer that have them.
 CJK = "Noto Sans CJK SC,Noto Sans CJK JP,WenQuanYi Zen Hei,Microsoft YaHei,SimHei,PingFang SC"
@@ -461,10 +491,12 @@ INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
 FONTS = ["DejaVu Sans", *(name for name in CJK.split(",") if name in INSTALLED)]
 matplotlib.rcParams.update({"font.family": FONTS, "text.parse_math": False})  # $5 is no formula
 
+
 def to_pixels(images, preprocessing):
     """Undo `normalise`: float (N, 3, S, S) -> float (N, 3, S, S) in 0..1, on the CPU."""
     mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (images.cpu() * std + mean).clamp(0, 1)
+
 
 def plot_grid(path, title, images, names, colours=None, columns=8):
     """Draw images (N, 3, S, S) in 0..1 as a grid, each with its name above it."""
@@ -479,6 +511,7 @@ def plot_grid(path, title, images, names, colours=None, columns=8):
         lines = [s if len(s) < 19 else f"{s[:11]}…{s[-6:]}" for s in names[index].splitlines()]
         axes.set_title("\n".join(lines), color=colours[index] if colours else "black", fontsize=8)
     figure.savefig(path, dpi=120)
+
 
 # -------------------------------------------------------------------------- shared by the scripts
 OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of None)
@@ -511,6 +544,7 @@ OPTIONS = {  # name: (type, (lowest, highest) or [choices], help, meaning of Non
     "formats": ([str], ["torchscript", "pt2", "onnx", "int8"], "formats to write (default: all)"),
     "with_preprocessing": (bool, None, "take uint8 images, and return probabilities"),
 }
+
 
 def parse_arguments(description, defaults, saved=()):
     """Parse the options in `defaults`, and five more; `saved` has the settings of a resumed run."""
@@ -546,12 +580,14 @@ def parse_arguments(description, defaults, saved=()):
         torch.ones(1, device=args.device).item()
     return args
 
+
 def load_for(args, preprocessing=None):
     """Call `load_data` with the options of the command line, which override `preprocessing`."""
     names = {"per_class", "seed", "data_dir", "batch_size", "workers", "device"} & vars(args).keys()
     options = {name: getattr(args, name) for name in names}
     size = {"image_size": args.image_size} if args.image_size else {}
     return load_data(args.data, (preprocessing or {}) | size, **options)
+
 
 def run(main, *errors):
     """Run a script. An error that the user can fix ends in one line on stderr and exit code 2."""
@@ -578,6 +614,7 @@ def run(main, *errors):
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
+
 # -------------------------------------------------------------------------------------- the script
 def describe(dataset):
     """Format the image counts per class and split."""
@@ -585,6 +622,7 @@ def describe(dataset):
     table = [("", *dataset.splits), *zip(dataset.classes, *bins), ("total", *map(sum, bins))]
     width = max(len(name) for name, *_ in table)
     return "\n".join(f"{name:{width}}" + "".join(map("{:>8}".format, row)) for name, *row in table)
+
 
 def main():
     defaults = {"data": "glyphs", "out": Path("runs/data"), "batch_size": 256}
@@ -603,6 +641,7 @@ def main():
     names = [names[0], *["augmented"] * 9]
     plot_grid(args.out / "augmented.png", "one image, nine augmentations", images, names, columns=5)
     print(f"wrote samples.png and augmented.png to {args.out}")
+
 
 if __name__ == "__main__":
     run(main)

@@ -27,6 +27,7 @@ from torchvision.models import MobileNet_V2_Weights
 import data
 from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
+
 @torch.inference_mode()
 def predict(model, batches):
     """Return the logits (N, C) and labels (N,) of all batches, on the CPU."""
@@ -35,6 +36,7 @@ def predict(model, batches):
     pairs = [(model(images.to(device)).cpu(), labels.cpu()) for images, labels in batches]
     logits, labels = zip(*pairs)
     return torch.cat(logits), torch.cat(labels)
+
 
 def score(logits, labels):
     """Return {"loss", "top1", "top5"} of logits (N, C) and labels (N,): cross-entropy, accuracies.
@@ -47,6 +49,7 @@ def score(logits, labels):
     scores = {"loss": loss, "top1": hits[:, 0].mean().item()}
     return scores | ({"top5": hits.sum(dim=1).mean().item()} if logits.shape[1] > 5 else {})
 
+
 def confusion_matrix(labels, predictions, num_classes):
     """Count pairs of true and predicted class: (N,), (N,) -> (C, C) int64, one row per true class.
 
@@ -54,6 +57,7 @@ def confusion_matrix(labels, predictions, num_classes):
     """
     pairs = labels * num_classes + predictions
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
 
 def classification_report(confusion):
     """Compute precision, recall and F1 per class, and their averages, from a matrix (C, C).
@@ -81,10 +85,13 @@ def classification_report(confusion):
         "per_class": [dict(zip((*measures, "support"), row)) for row in zip(*columns)],
     }
 
+
 def format_report(report, scores, classes):
     """Format the report as a table with one line per class, like scikit-learn's."""
+
     def columns(name):  # in a terminal, where a Chinese character takes two
         return len(name) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in name)
+
     width = max(map(columns, (*classes, "weighted avg")))
     support = {"support": sum(row["support"] for row in report["per_class"])}
     averages = {f"{name} avg": report[name] | support for name in ("macro", "weighted")}
@@ -96,10 +103,12 @@ def format_report(report, scores, classes):
         lines.append(f"{' ' * (width - columns(name))}{name}  {text}")
     return "\n".join([*lines, "", "  ".join(f"{name} {scores[name]:.4f}" for name in scores)])
 
+
 # ---------------------------------------------------------------------------------------- pictures
 GREEN, RED = "#1a7f37", "#cf222e"
 UNKNOWN = -1  # the label of an image that has none
 EXPLANATION = "bright: evidence for the predicted class"
+
 
 def plot_confusion(confusion, classes, path):
     """Draw the matrix: the colour is the share of the true class, the number is the count."""
@@ -122,6 +131,7 @@ def plot_confusion(confusion, classes, path):
             axes.text(column, row, count, ha="center", va="center", **style)
     figure.savefig(path, dpi=120)
 
+
 def class_activation_map(model, images, classes):
     """Compute where the network sees a class: (N, 3, S, S), (N,) -> (N, h, w), parts of the logit.
 
@@ -136,6 +146,7 @@ def class_activation_map(model, images, classes):
         maps = model.head(model.blocks(model.stem(images)))
         return torch.einsum("nchw,nc->nhw", maps, model.classifier.weight[classes])
 
+
 def overlay(maps, images, stride):
     """Draw the positive part of activation maps (N, h, w) over images (N, 3, S, S) in 0..1.
 
@@ -147,6 +158,7 @@ def overlay(maps, images, stride):
     maps = functional.pad(maps, [0, images.shape[-1] - covered] * 2, mode="replicate")[:, 0]
     heat = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3]).movedim(3, 1)
     return 0.4 * images.mean(dim=1, keepdim=True) + 0.6 * heat  # on grayscale images
+
 
 def plot_predictions(path, title, dataset, split, logits, indices, explain=None):
     """Draw images with predicted class and confidence: green is correct, red is incorrect.
@@ -178,6 +190,7 @@ def plot_predictions(path, title, dataset, split, logits, indices, explain=None)
         colours = [colour for colour in colours for _ in range(2)]
     data.plot_grid(path, title, pictures, names, colours)
 
+
 def plot_history(history, path, title=""):
     """Draw loss and accuracy per epoch, with a dashed line where a stage begins."""
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -198,12 +211,14 @@ def plot_history(history, path, title=""):
         axes.legend()
     figure.savefig(path, dpi=120)
 
+
 # -------------------------------------------------------------------------------------- the script
 def write_table(path, rows):
     """Write rows as a CSV file; the first row has the column names."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_file(path, text.getvalue().encode())
+
 
 def write_predictions(path, names, labels, logits, classes):
     """Write the name, true class and three most probable classes of each image. Returns rows."""
@@ -215,6 +230,7 @@ def write_predictions(path, names, labels, logits, classes):
         rows.append([name, "" if label == UNKNOWN else classes[label], *cells])
     write_table(path, rows)
     return rows[1:]
+
 
 def load_test(args):
     """Load the network of --checkpoint, and the dataset of --data as the network expects it.
@@ -232,12 +248,14 @@ def load_test(args):
     split = "test" if "test" in dataset.splits else "val"
     return model.to(args.device, memory_format=data.MEMORY_FORMAT), checkpoint, dataset, split
 
+
 def class_names(checkpoint):
     """List the class names; a file of torchvision's weights has none: ImageNet's, or numbers."""
     names, count = checkpoint["classes"], checkpoint["arch"]["num_classes"]
     if not names and count == 1000:
         names = MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"]
     return names or [f"class {index}" for index in range(count)]
+
 
 def evaluate(args):
     """Score a checkpoint on labelled images, and write the report and the pictures."""
@@ -270,6 +288,7 @@ def evaluate(args):
     chosen = torch.cat([mistakes[:8], some[correct[some]][:8]]) if args.explain else ()
     plot_predictions(out / "explanation.png", EXPLANATION, *source, chosen, model)
 
+
 def classify(args):
     """Predict the classes of --images, which have no labels."""
     model, checkpoint = load_checkpoint(args.checkpoint)
@@ -292,6 +311,7 @@ def classify(args):
     shown = first[:16] if args.explain else ()  # none: only removes an older picture
     plot_predictions(args.out / "images-explanation.png", EXPLANATION, *source, shown, model)
 
+
 def main():
     defaults = {"data": "digits", "out": Path("runs/evaluate"), "batch_size": 256}
     defaults |= {"checkpoint": "runs/finetune/best.pt", "images": None, "explain": False}
@@ -302,6 +322,7 @@ def main():
         out = f"{args.checkpoint.removesuffix('/best.pt')}-export"
         options = f'--checkpoint "{args.checkpoint}" --data "{args.data}" --out "{out}"'
         print(f"next: python export.py {options}")
+
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

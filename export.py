@@ -45,6 +45,7 @@ warnings.filterwarnings("ignore", "No complete tensor found")  # torch.export, c
 # ONNX Runtime recommends a preprocessing step that folds BatchNorm, which is done here already.
 logging.getLogger().addFilter(lambda record: "before quantization" not in record.getMessage())
 
+
 def fold_batch_norm(model):
     """Return a copy of the network whose BatchNorm layers are folded into the convolutions.
 
@@ -62,6 +63,7 @@ def fold_batch_norm(model):
             layer.norm = nn.Identity()
     return model
 
+
 class WithPreprocessing(nn.Module):
     """Normalisation, network and softmax: uint8 (N, 1 or 3, S, S) -> probabilities."""
 
@@ -74,6 +76,7 @@ class WithPreprocessing(nn.Module):
     def forward(self, images):
         return self.network((images.float() - self.mean) / self.std).softmax(dim=1)
 
+
 # ------------------------------------------------------------------------------------------ formats
 def export_torchscript(network, example, path, metadata, _):
     traced = torch.jit.freeze(torch.jit.trace(network, example))
@@ -81,20 +84,24 @@ def export_torchscript(network, example, path, metadata, _):
     torch.jit.save(traced, buffer, texts)  # with a path, a full disk would abort the process
     path.write_bytes(buffer.getvalue())
 
+
 def export_pt2(network, example, path, metadata, _):
     program = torch.export.export(network, (example,), dynamic_shapes=BATCH)
     buffer, texts = io.BytesIO(), {f"{key}.json": text for key, text in metadata.items()}
     torch.export.save(program, buffer, extra_files=texts)
     path.write_bytes(buffer.getvalue())
 
+
 def export_onnx(network, example, path, metadata, _):
     import onnx
+
     output = "probabilities" if isinstance(network, WithPreprocessing) else "logits"
     names = {"input_names": ["input"], "output_names": [output], "dynamic_shapes": BATCH}
     model = torch.onnx.export(network, (example,), dynamo=True, verbose=False, **names).model_proto
     for key, text in metadata.items():
         model.metadata_props.add(key=key, value=text)
     onnx.save(model, path)
+
 
 def export_int8(network, example, path, metadata, calibration):
     """Quantise after training (Jacob et al., arXiv:1712.05877, §2 and §3).
@@ -105,25 +112,32 @@ def export_int8(network, example, path, metadata, calibration):
     products of unsigned and signed numbers in 16 bits, which can overflow.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
     class Reader(CalibrationDataReader):
         batches = ({"input": images.numpy()} for images in calibration)
+
         def get_next(self):
             return next(self.batches, None)
+
     plain = path.with_name("model.onnx")
     if not plain.exists():
         export_onnx(network, example, plain, metadata, None)
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QUInt8}
     quantize_static(plain, path, Reader(), per_channel=True, **types)
 
+
 def load_pt2(path):
     return torch.export.load(path).module()
 
+
 def load_onnx(path):
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options)
     return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
 
 FORMATS = {  # name: (file, export function, load function)
     "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load),
@@ -131,6 +145,7 @@ FORMATS = {  # name: (file, export function, load function)
     "onnx": ("model.onnx", export_onnx, load_onnx),
     "int8": ("model.int8.onnx", export_int8, load_onnx),
 }
+
 
 # ----------------------------------------------------------------------------------- verification
 def inputs(dataset, batches, pixels):
@@ -140,6 +155,7 @@ def inputs(dataset, batches, pixels):
             images = (255 * data.to_pixels(images, dataset.preprocessing)).round().byte()
             images = images[:, : dataset.preprocessing["channels"]]
         yield images.contiguous()
+
 
 def measure(load, path, dataset, split, pixels, threads):
     """Load a network and run it on a split. Returns (outputs (N, num_classes), measurements)."""
@@ -157,6 +173,7 @@ def measure(load, path, dataset, split, pixels, threads):
     result = {"accuracy": correct.mean().item(), "latency_ms": 1000 * statistics.median(seconds)}
     return outputs, result | {"batch_difference": (outputs[:16] - single).abs().max().item()}
 
+
 def verify(name, load, path, expected, accuracy, pool, *how):
     """Measure a file in the process of `pool`. Returns a dict; raises ValueError for a fault."""
     outputs, result = pool.submit(measure, load, path, *how).result()
@@ -170,6 +187,7 @@ def verify(name, load, path, expected, accuracy, pool, *how):
     if name == "int8" and lost > max(LOST_ACCURACY * len(outputs), 1):
         raise ValueError(f"it loses {lost} of {len(outputs)} images")
     return result
+
 
 def main():
     defaults = {"data": "digits", "checkpoint": "runs/finetune/best.pt", "out": Path("runs/export")}
@@ -225,6 +243,7 @@ def main():
     print(f"wrote {', '.join([*report['formats'], 'labels.txt', 'report.json'])} to {args.out}")
     if faults:
         raise data.DataError(f"not written: {'; '.join(faults)}")
+
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

@@ -34,6 +34,7 @@ SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfree
 SMALL_IMAGES |= {"train_batch_norm": True}
 HEAD_RATE = 0.5  # learning rate of the head, relative to that of the classifier
 
+
 def extract_features(backbone, batches):
     """Run frozen layers over all images once: batches -> outputs, labels (N,), on the CPU.
 
@@ -47,6 +48,7 @@ def extract_features(backbone, batches):
     features, labels = zip(*pairs)
     return torch.cat(features), torch.cat(labels)
 
+
 def freeze_batch_norm(module):
     """Keep the running statistics of all BatchNorm layers. Call it after `module.train()`.
 
@@ -55,6 +57,7 @@ def freeze_batch_norm(module):
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eval()
+
 
 def main():
     args, last = train.parse_arguments("Fine-tune a trained network.", DEFAULTS)
@@ -102,6 +105,7 @@ def main():
             train.save_epoch(args, model, dataset, history, optimizer, scheduler)
     train.finish(args, dataset, history)
 
+
 def divide(model, count):
     """Cut the backbone into two parts, which follow each other:
 
@@ -113,6 +117,7 @@ def divide(model, count):
     layers = [model.stem, *model.blocks, model.head]
     cut = len(model.blocks) - count + 1 if count < len(model.blocks) else 0
     return nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:])
+
 
 def layer_groups(tuned, classifier, args):
     """Make optimizer groups whose learning rate never rises from the classifier to the input.
@@ -128,6 +133,7 @@ def layer_groups(tuned, classifier, args):
         rate *= args.block_decay  # relative to the layer after it
     return groups
 
+
 def cache_features(backbone, dataset):
     """Return training and validation batches of features (N, 1280), without augmentation.
 
@@ -142,6 +148,7 @@ def cache_features(backbone, dataset):
     batches = BatchSampler(order, size, drop_last=count >= size)  # an item is a batch: faster
     return DataLoader(cached[0], batch_size=None, sampler=batches), DataLoader(cached[1], size)
 
+
 def show_progress(batches, title):
     """Yield the batches of a DataLoader. Prints a line every 15 seconds."""
     begun = shown = time.monotonic()
@@ -152,6 +159,7 @@ def show_progress(batches, title):
         if now - shown > 15:
             shown, rate = now, images / (now - begun)
             print(f"{title}  {number} of {len(batches)} batches, {rate:.0f} images/s", flush=True)
+
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

@@ -50,6 +50,7 @@ HEAD_CHANNELS = 1280
 # strides of 2 after the stem to 1. The stem's stays 2: 1 was slower and less accurate on digits.
 STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output stride -> number of strides replaced by 1
 
+
 def make_divisible(value, divisor=8):
     """Round a number of channels to the nearest multiple of `divisor`, never below 90% of `value`.
 
@@ -58,6 +59,7 @@ def make_divisible(value, divisor=8):
     """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * value else rounded + divisor
+
 
 def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, activation=True):
     """Build convolution, batch normalisation and ReLU6: (N, in, H, W) -> (N, out, H/s, W/s).
@@ -72,6 +74,7 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     if activation:
         layers.activation = nn.ReLU6(inplace=True)
     return layers
+
 
 class InvertedResidual(nn.Module):
     """The bottleneck block (Table 1 of the paper): expand, filter, project.
@@ -113,6 +116,7 @@ class InvertedResidual(nn.Module):
         out = self.depthwise(out)  #    (N, 96, 112, 112) -> (N, 96, 56, 56)
         out = self.project(out)  #      (N, 96, 56, 56)   -> (N, 24, 56, 56)
         return x + out if self.use_residual else out
+
 
 class MobileNetV2(nn.Module):
     """The whole network (Table 2 of the paper): stem, 17 blocks, head, pooling, classifier.
@@ -173,6 +177,7 @@ class MobileNetV2(nn.Module):
         x = self.dropout(x)  #          (N, 1280)
         return self.classifier(x)  #    (N, 1280)         -> (N, num_classes)
 
+
 def initialise(module):
     """Set the initial weights of one layer. The paper gives none; these are torchvision's.
 
@@ -186,12 +191,14 @@ def initialise(module):
         nn.init.normal_(module.weight, std=0.01)
         nn.init.zeros_(module.bias)
 
+
 def replace_classifier(model, num_classes):
     """Give `model` a new, random classifier for `num_classes` classes, in place."""
     old = model.classifier
     model.classifier = nn.Linear(old.in_features, num_classes, device=old.weight.device)
     initialise(model.classifier)
     model.arch["num_classes"] = num_classes
+
 
 # ------------------------------------------------------------ weight names: torchvision's and ours
 def torchvision_names():
@@ -213,6 +220,7 @@ def torchvision_names():
     names |= {"head.conv": "features.18.0", "head.norm": "features.18.1"}
     return names | {"classifier": "classifier.1"}
 
+
 def rename(state_dict, names):
     """Rename the layer in each key: 'stem.conv.weight' -> 'features.0.0.weight'."""
     renamed = {}
@@ -223,13 +231,16 @@ def rename(state_dict, names):
         renamed[f"{names[layer]}.{kind}"] = tensor
     return renamed
 
+
 def from_torchvision(state_dict):
     """Rename torchvision's weights to ours. Raises CheckpointError for an unknown key."""
     return rename(state_dict, {theirs: ours for ours, theirs in torchvision_names().items()})
 
+
 def to_torchvision(state_dict):
     """Rename our weights to torchvision's: the inverse of `from_torchvision`."""
     return rename(state_dict, torchvision_names())
+
 
 # ------------------------------------------------------------------------------------- checkpoints
 IMAGENET_URL = "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth"
@@ -238,8 +249,10 @@ IMAGENET_PREPROCESSING = {"image_size": 224, "crop": 224 / 232, "channels": 3}
 IMAGENET_PREPROCESSING |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 warnings.filterwarnings("ignore", "Detected pickle protocol")  # the CheckpointError is enough
 
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message names the problem and the fix."""
+
 
 def save_checkpoint(path, model, classes, preprocessing, history=(), **training_state):
     """Write a checkpoint: one dict of tensors and plain values. Raises OSError.
@@ -256,6 +269,7 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **training_
     torch.save(checkpoint | training_state, buffer)
     write_file(path, buffer.getvalue())
 
+
 def write_file(path, contents):
     """Write bytes to a temporary file and rename it: never half a file. Raises OSError."""
     path = Path(path)
@@ -269,6 +283,7 @@ def write_file(path, contents):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # adds the file's name
+
 
 def read_checkpoint(source):
     """Read a file, or download 'imagenet'. A damaged file may raise any exception."""
@@ -290,6 +305,7 @@ def read_checkpoint(source):
     about = {"classes": [], "preprocessing": IMAGENET_PREPROCESSING, "history": []}
     return {"model": weights, "arch": arch} | about
 
+
 def check_values(model, checkpoint):
     """Raise ValueError, with the part of the checkpoint, for values that no script can use."""
     part = "model"
@@ -307,13 +323,14 @@ def check_values(model, checkpoint):
         size, crop, channels, *scale = (values[key] for key in IMAGENET_PREPROCESSING)
         mean, std = torch.tensor(scale).view(2, 3)
         usable = type(size) is type(channels) is int and 8 <= size <= 1024 and channels in (1, 3)
-        if not (usable and 0 < crop <= 1 and 0 < std.min() and (mean / std + std).isfinite().all()):
+        if not (usable and 0 < crop <= 1 and std.min() > 0 and (mean / std + std).isfinite().all()):
             raise ValueError("a value is out of range")
         part, row = "history", "{stage:s} {epoch:f} {train_loss:f} {train_top1:f} {val_loss:f}"
         if not all(row.format(**r) and 0 <= r["val_top1"] <= 1 for r in checkpoint["history"]):
             raise ValueError("a value is out of range")
     except Exception as error:
         raise ValueError(f"{part}: {type(error).__name__}: {error}") from error
+
 
 def load_checkpoint(source, output_stride=None):
     """Load a network with its weights. Returns (model in eval mode on the CPU, checkpoint dict).
@@ -340,12 +357,14 @@ def load_checkpoint(source, output_stride=None):
         raise CheckpointError(" ".join(message.split())) from error
     return model, checkpoint
 
+
 def load_pretrained(source, num_classes, output_stride=None):
     """Load a network as `load_checkpoint` does; another `num_classes` gets a new classifier."""
     model, _ = load_checkpoint(source, output_stride)
     if num_classes != model.arch["num_classes"]:
         replace_classifier(model, num_classes)
     return model
+
 
 # ------------------------------------------------------------------------------------------- costs
 def count_parameters(model, batch_norm=True):
@@ -356,6 +375,7 @@ def count_parameters(model, batch_norm=True):
     layers = [m for m in model.modules() if batch_norm or not isinstance(m, nn.BatchNorm2d)]
     return sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
 
+
 def measure_layers(module, shape):
     """Measure the convolutions and linear layers of `module`, for one input of this shape.
 
@@ -363,9 +383,11 @@ def measure_layers(module, shape):
     folds into the convolution. Returns [(input shape, output shape, multiply-adds)] without N.
     """
     measured = []
+
     def hook(layer, inputs, output):
         macs = output[0].numel() * layer.weight[0].numel()
         measured.append((tuple(inputs[0].shape[1:]), tuple(output.shape[1:]), macs))
+
     module = copy.deepcopy(module).to("meta").eval()  # the meta device computes only shapes
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -373,9 +395,11 @@ def measure_layers(module, shape):
     module(torch.empty(1, *shape, device="meta"))
     return measured
 
+
 def count_macs(model, image_size=224):
     """Count multiply-adds per image: 300,774,272 at width 1.0 and 224 pixels (Table 4: 300M)."""
     return sum(macs for _, _, macs in measure_layers(model, (3, image_size, image_size)))
+
 
 def table2(model, image_size):
     """Format Table 2 of the paper with the measured shapes and costs of `model`."""
@@ -400,6 +424,7 @@ def table2(model, image_size):
     text.append(f"parameters without BatchNorm: {count_parameters(model, batch_norm=False):,}")
     return "\n".join(text)
 
+
 def main():
     parser = argparse.ArgumentParser(description="Print Table 2 with measured shapes and costs.")
     parser.add_argument("--width", type=float, default=1.0, help="width multiplier (default: 1.0)")
@@ -413,6 +438,7 @@ def main():
         print(table2(model, args.image_size))
     except Exception as error:  # a size may be too large for PyTorch, or for Python
         parser.error(f"{str(error).splitlines()[0]}: use another value")
+
 
 if __name__ == "__main__":
     main()

@@ -44,6 +44,7 @@ RECIPES = {
     "cosine": ("sgd", "cosine", 0.05, 256, 150),
 }
 
+
 def train_epoch(model, batches, optimizer, scheduler, loss_function):
     """Train for one epoch. The caller chooses which layers are in training mode.
 
@@ -69,6 +70,7 @@ def train_epoch(model, batches, optimizer, scheduler, loss_function):
         count += len(labels)
     return {"train_loss": loss_sum.item() / count, "train_top1": correct.item() / count}
 
+
 def validate(model, batches):
     """Return {"val_loss", "val_top1"}: cross-entropy, and share of correct predictions."""
     if data.PROCESSES > 1:
@@ -81,6 +83,7 @@ def validate(model, batches):
         distributed.all_reduce(sums)
     loss, correct, count = sums.tolist()
     return {"val_loss": loss / count, "val_top1": correct / count}
+
 
 def main():
     args, last = parse_arguments("Train MobileNetV2 from scratch.", DEFAULTS)
@@ -118,6 +121,7 @@ def main():
         save_epoch(args, model, dataset, history, optimizer, scheduler)
     finish(args, dataset, history)
 
+
 # ------------------------------------------------------------------- optimizer, schedule and loss
 def parameter_groups(parameters, learning_rate, weight_decay):
     """Make two optimizer groups: weight decay only for convolutions and linear layers.
@@ -128,6 +132,7 @@ def parameter_groups(parameters, learning_rate, weight_decay):
     for parameter in parameters:
         groups[0 if parameter.dim() > 1 else 1]["params"].append(parameter)
     return [group | {"lr": learning_rate} for group in groups if group["params"]]
+
 
 def cosine(step, steps):
     """Compute the learning-rate factor: linear warm-up to 1, then a cosine down to 0.
@@ -141,9 +146,11 @@ def cosine(step, steps):
     progress = torch.tensor((step - warmup) / (steps - warmup), dtype=torch.double)
     return 0.5 * (1 + torch.cos(torch.pi * progress).item())
 
+
 def exponential(step, steps_per_epoch):
     """Compute the learning-rate factor of the paper: 0.98 per epoch (§6.1)."""
     return 0.98 ** (step // steps_per_epoch)
+
 
 def focal_loss(logits, labels, gamma=2.0):
     """FL = -(1 - p)^gamma · log p, with the probability p of the true class: (N, C), (N,) -> mean.
@@ -153,6 +160,7 @@ def focal_loss(logits, labels, gamma=2.0):
     """
     log_p = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]  # (N,)
     return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
 
 def dice_loss(logits, labels):
     """1 - D, with D = (2 Σ p·g + 1) / (Σ p² + Σ g² + 1) per class: (N, C), (N,) -> mean over C.
@@ -165,11 +173,13 @@ def dice_loss(logits, labels):
     overlap = (2 * (p * g).sum(dim=0) + 1) / (p.square().sum(dim=0) + g.sum(dim=0) + 1)  # (C,)
     return 1 - overlap.mean()
 
+
 def make_loss(args):
     # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that logits need
     # not grow without limit (Szegedy et al., arXiv:1512.00567, §7). cross_entropy applies softmax.
     cross_entropy = partial(functional.cross_entropy, label_smoothing=args.label_smoothing)
     return {"cross-entropy": cross_entropy, "focal": focal_loss, "dice": dice_loss}[args.loss]
+
 
 # ------------------------------------------------------------------- mixed precision and torchrun
 class MixedPrecision(nn.Module):
@@ -183,11 +193,13 @@ class MixedPrecision(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16):
             return self.network(x).float()
 
+
 def wrap(network, args):
     """Add mixed precision (--amp) and the averaging of gradients (torchrun) around `network`."""
     if args.amp == "bfloat16":
         network = MixedPrecision(network)
     return DistributedDataParallel(network) if data.PROCESSES > 1 else network
+
 
 def start(args):
     """Join the processes of torchrun, if there are any, and set the seed."""
@@ -200,11 +212,13 @@ def start(args):
             sys.stdout = open(os.devnull, "w")  # only rank 0 prints
     torch.manual_seed(args.seed)
 
+
 # ------------------------------------------------------------------------ files of a run, options
 def set_defaults(args, defaults):
     """Set the options that are None, that is, not set on the command line."""
     known = {name: value for name, value in vars(args).items() if value is not None}
     vars(args).update(defaults | known)
+
 
 def save_epoch(args, model, dataset, history, optimizer, scheduler):
     """Print the latest row of `history`; write log.csv, last.pt and, if chosen, best.pt."""
@@ -228,9 +242,11 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
         state["settings"] = {key: value for key, value in vars(args).items() if key not in free}
         save_checkpoint(args.out / "last.pt", *about, epoch=len(history), **state)
 
+
 def check_classes(last, dataset):
     if last["classes"] != dataset.classes:
         raise data.DataError("--resume: the classes of the data have changed; use --overwrite")
+
 
 def restore(args, last, model, optimizer, scheduler):
     """Load the states in last.pt. A copy takes two steps, to find states that do not fit."""
@@ -245,6 +261,7 @@ def restore(args, last, model, optimizer, scheduler):
         schedule.step()
         trial.step()
 
+
 def finish(args, dataset, history):
     """Draw the curves, and print the files and the next command."""
     if data.RANK == 0:
@@ -254,6 +271,7 @@ def finish(args, dataset, history):
         print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
         options = f'--data "{args.data}" --out "{args.out}-evaluation"'
         print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" {options}')
+
 
 def parse_arguments(description, defaults):
     """Parse the options. Returns (args, last.pt's checkpoint if the run is resumed, else None)."""
@@ -275,6 +293,7 @@ def parse_arguments(description, defaults):
         fix = "use --resume, --overwrite or another --out"
         raise data.DataError(f"--out {args.out}: contains a run; {fix}")
     return args, None
+
 
 if __name__ == "__main__":
     data.run(main, CheckpointError)

@@ -321,7 +321,9 @@ def traffic_of_a_step(batches, classes):
     source, target = torch.ones(2, 64 * 2**20)  # 256 MB each
     rate = 2 * source.nbytes / min(timeit.repeat(lambda: target.copy_(source), number=1)) / 1e9
     whole = sum(recorder.seconds.values())
-    print(f"  a step moves {sum(recorder.bytes.values()) / 1e9:.2f} GB; a copy moves {rate:.1f} GB/s")
+    print(
+        f"  a step moves {sum(recorder.bytes.values()) / 1e9:.2f} GB; a copy moves {rate:.1f} GB/s"
+    )
     for kind in (*KINDS, "other"):
         moved, seconds = recorder.bytes[kind] / 1e9, recorder.seconds[kind]
         share = seconds / whole

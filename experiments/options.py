@@ -1,6 +1,6 @@
 """Write docs/options.md: all options of the scripts, from the scripts' own definitions.
 
-    python experiments/options.py
+python experiments/options.py
 """
 
 import argparse

@@ -17,11 +17,15 @@ import data  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("source", type=Path, help="folder with one folder per class")
     parser.add_argument("target", type=Path, help="new folder")
-    parser.add_argument("--val", type=float, default=0.2, help="share for validation (default: 0.2)")
+    parser.add_argument(
+        "--val", type=float, default=0.2, help="share for validation (default: 0.2)"
+    )
     parser.add_argument("--test", type=float, default=0.1, help="share for testing (default: 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     args = parser.parse_args()

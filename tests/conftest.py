@@ -16,10 +16,11 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from grader import Score, Submission, load_submission  # noqa: E402
+
 import data  # noqa: E402
 import mobilenetv2  # noqa: E402
 import train  # noqa: E402
-from grader import Score, Submission, load_submission  # noqa: E402
 from mobilenetv2 import CheckpointError, MobileNetV2  # noqa: E402
 
 
@@ -29,7 +30,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "criterion(name): the criterion of grader.CRITERIA that a test belongs to")
+    config.addinivalue_line(
+        "markers", "criterion(name): the criterion of grader.CRITERIA that a test belongs to"
+    )
     path = config.getoption("--implementation")
     config.submission = load_submission(path) if path else Submission(MobileNetV2)
     config.score = Score(path) if path else None
@@ -97,7 +100,9 @@ def seeded():
 @pytest.fixture(autouse=True)
 def quick_curves(monkeypatch):
     """Most tests of a run do not look at its curves, which take a second; `trained` and those of evaluate.py draw them."""
-    monkeypatch.setattr(train, "plot_history", lambda history, path: mobilenetv2.write_file(path, b"curves"))
+    monkeypatch.setattr(
+        train, "plot_history", lambda history, path: mobilenetv2.write_file(path, b"curves")
+    )
 
 
 @functools.cache
@@ -124,7 +129,9 @@ def few_digits(monkeypatch):
 
     def load_few(size):
         classes, splits = load_digits(size)
-        return classes, {split: (images[::3], labels[::3]) for split, (images, labels) in splits.items()}
+        return classes, {
+            split: (images[::3], labels[::3]) for split, (images, labels) in splits.items()
+        }
 
     monkeypatch.setattr(data, "load_digits", load_few)
 
@@ -156,7 +163,16 @@ def call(capsys):
 
 # The smallest run that is still a run: digits of 16 pixels, each image once per epoch, and a narrow network.
 data.REPEATS["digits"] = data.FOLDER_EPOCH = 1
-SMALL = ("--data", "digits", "--image-size", "16", "--epochs", "2", "--batch-size", "128")  # 5 steps per epoch
+SMALL = (
+    "--data",
+    "digits",
+    "--image-size",
+    "16",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "128",
+)  # 5 steps per epoch
 SMALL_NETWORK = ("--width", "0.35", "--output-stride", "32")
 
 

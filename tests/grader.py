@@ -52,20 +52,61 @@ CRITERIA = {
     "width": 5,
 }
 
-SIZES = (64, 32, 224)  # pixels per side of the test images; the first size that the network accepts is used
+SIZES = (
+    64,
+    32,
+    224,
+)  # pixels per side of the test images; the first size that the network accepts is used
 TIME_LIMIT = 8  # seconds for all of a student's code, its import included
 WEIGHT_LIMIT = 300e6  # bytes of all weights; a correct network has 14 MB
-FEATURE_LIMIT = 64e6  # bytes of one tensor in forward; a correct network has at most 10 MB, at 224 pixels
+FEATURE_LIMIT = (
+    64e6  # bytes of one tensor in forward; a correct network has at most 10 MB, at 224 pixels
+)
 
 # Table 2 of the paper once more, so that the grader does not trust the project's own table: t, c, n, s
-TABLE_2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+TABLE_2 = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 LIMIT = "the grader's limit (the line itself may be correct)"
 
 # Names of arguments that the grader accepts, without capitals and underscores; the first of each is the usual one.
-CLASS_NAMES = ("num_classes", "numclasses", "nclasses", "nclass", "numclass", "classes", "classnum", "classcount", "nbclasses")
-WIDTH_NAMES = ("width_mult", "widthmult", "widthmultiplier", "width", "alpha", "multiplier", "widthcoefficient")
-INPUT_NAMES = ("in_channels", "inchannels", "inchannel", "inputchannels", "inputchannel", "inch", "chin", "channels")
+CLASS_NAMES = (
+    "num_classes",
+    "numclasses",
+    "nclasses",
+    "nclass",
+    "numclass",
+    "classes",
+    "classnum",
+    "classcount",
+    "nbclasses",
+)
+WIDTH_NAMES = (
+    "width_mult",
+    "widthmult",
+    "widthmultiplier",
+    "width",
+    "alpha",
+    "multiplier",
+    "widthcoefficient",
+)
+INPUT_NAMES = (
+    "in_channels",
+    "inchannels",
+    "inchannel",
+    "inputchannels",
+    "inputchannel",
+    "inch",
+    "chin",
+    "channels",
+)
 
 
 class GraderLimit(BaseException):
@@ -143,14 +184,18 @@ class Record(TorchDispatchMode):
         """Run one operator of PyTorch, and record it. Names and arguments were tried with torch 2.14."""
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if name == "bernoulli_" and not any(isinstance(p, torch.Tensor) for p in args[1:]):  # in functional.dropout
+        if name == "bernoulli_" and not any(
+            isinstance(p, torch.Tensor) for p in args[1:]
+        ):  # in functional.dropout
             self.add_dropout()
             return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         if name == "native_dropout":
             self.add_dropout()
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         is_layer = name in ("convolution", "addmm", "mm")
-        taken = args[name == "addmm"].clone() if is_layer and self.copies else None  # addmm(bias, x, weight)
+        taken = (
+            args[name == "addmm"].clone() if is_layer and self.copies else None
+        )  # addmm(bias, x, weight)
         follows = name == "native_batch_norm" and self.follows_layer(args[0])
         result = function(*args, **kwargs)
         given = result[0] if isinstance(result, tuple | list) and result else result
@@ -167,7 +212,11 @@ class Record(TorchDispatchMode):
         if name == "convolution":
             x, weight, bias = args[:3]
             shape = tuple(weight.shape[2:]), tuple(args[3]), args[8], given.shape[-1]
-            self.layers.append(Layer(x.shape[1], given.shape[1], *shape, in_size=x.shape[-1], dilation=tuple(args[5])))
+            self.layers.append(
+                Layer(
+                    x.shape[1], given.shape[1], *shape, in_size=x.shape[-1], dilation=tuple(args[5])
+                )
+            )
             self.layers[-1].shares_input = any(x is other for other in self.recent)
             self.recent = [*self.recent[-2:], x]
         else:
@@ -175,8 +224,15 @@ class Record(TorchDispatchMode):
             weight, bias = weight.t(), args[0] if name == "addmm" else None
             self.layers.append(Layer(x.shape[1], given.shape[1], (1, 1), (1, 1), 1, 1, linear=True))
         layer = self.layers[-1]
-        layer.weight, layer.bias, layer.taken, layer.given = weight, bias, taken, given.clone() if self.copies else None
-        self.used += [(tensor, len(self.layers) - 1) for tensor in (weight, bias) if tensor is not None]
+        layer.weight, layer.bias, layer.taken, layer.given = (
+            weight,
+            bias,
+            taken,
+            given.clone() if self.copies else None,
+        )
+        self.used += [
+            (tensor, len(self.layers) - 1) for tensor in (weight, bias) if tensor is not None
+        ]
         self.since = []
 
     def add_norm(self, args, given, follows):
@@ -204,20 +260,33 @@ class Record(TorchDispatchMode):
                 module = frame.f_locals.get("self", module)
             frame = frame.f_back
         # The mask is made first: these operators change no feature.
-        behind_norm = set(self.since) <= {"empty_like", "empty", "new_empty", "new_ones", "ones", "clone", "detach", "view"}
+        behind_norm = set(self.since) <= {
+            "empty_like",
+            "empty",
+            "new_empty",
+            "new_ones",
+            "ones",
+            "clone",
+            "detach",
+            "view",
+        }
         self.dropouts.append(Dropout(len(self.layers), behind_norm, module, line))
 
 
 def is_library(file):
     """Return whether a file of a traceback belongs to PyTorch or to the grader, not to the student."""
     folders = Path(torch.__file__).parent, Path(__file__).parent
-    return any(Path(file).is_relative_to(folder) for folder in folders) or str(file).startswith("<frozen")
+    return any(Path(file).is_relative_to(folder) for folder in folders) or str(file).startswith(
+        "<frozen"
+    )
 
 
 def limit_size(tensor, args):
     """Raise GraderLimit for a tensor that is too large, unless it is a view of the operator's input."""
     size = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
-    if size > FEATURE_LIMIT and not (isinstance(args[0], torch.Tensor) and args[0].data_ptr() == tensor.data_ptr()):
+    if size > FEATURE_LIMIT and not (
+        isinstance(args[0], torch.Tensor) and args[0].data_ptr() == tensor.data_ptr()
+    ):
         raise GraderLimit(f"a tensor of shape {tuple(tensor.shape)} needs {size / 1e6:,.0f} MB")
 
 
@@ -228,10 +297,16 @@ def limit_weights():
 
     def count(module, name, parameter):
         nonlocal total
-        total += 0 if parameter is None or nn.parameter.is_lazy(parameter) else parameter.numel() * parameter.element_size()
+        total += (
+            0
+            if parameter is None or nn.parameter.is_lazy(parameter)
+            else parameter.numel() * parameter.element_size()
+        )
         if total > WEIGHT_LIMIT:
             kind = type(module).__name__
-            raise GraderLimit(f"with this {kind} the network has {total / 1e6:,.0f} MB of weights, expected 14 MB")
+            raise GraderLimit(
+                f"with this {kind} the network has {total / 1e6:,.0f} MB of weights, expected 14 MB"
+            )
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -244,7 +319,9 @@ def same(one, other):
     """Return whether two tensors are equal except for rounding. `other` may have a border of zeros: explicit padding."""
     border = other.shape[-1] - one.shape[-1]
     if one.dim() == other.dim() == 4 and border > 0:
-        other = other[:, :, border // 2 : -(border - border // 2), border // 2 : -(border - border // 2)]
+        other = other[
+            :, :, border // 2 : -(border - border // 2), border // 2 : -(border - border // 2)
+        ]
     return one.shape == other.shape and bool((one - other).abs().max() <= 1e-4 * one.abs().max())
 
 
@@ -255,12 +332,16 @@ def expected_layers(width=1.0, size=224, expand_first=False):
     expand_first: with a 1×1 convolution for t = 1 too, which is no fault of the structure; see `Submission.expected`.
     """
 
-    def scaled(channels):  # as in the paper's reference implementation: a multiple of 8, not below 90%
+    def scaled(
+        channels,
+    ):  # as in the paper's reference implementation: a multiple of 8, not below 90%
         rounded = max(8, int(channels * width + 4) // 8 * 8)
         return rounded if rounded >= 0.9 * channels * width else rounded + 8
 
     channels, size = scaled(32), size // 2
-    layers = [Layer(3, channels, (3, 3), (2, 2), 1, size, "row 1 of Table 2 (the stem, conv2d 3×3)")]
+    layers = [
+        Layer(3, channels, (3, 3), (2, 2), 1, size, "row 1 of Table 2 (the stem, conv2d 3×3)")
+    ]
     for row, (t, c, n, s) in enumerate(TABLE_2, start=2):
         for block in range(n):
             name = f"row {row} of Table 2 (t={t}, c={c}, n={n}, s={s}), block {block + 1} of {n}"
@@ -268,18 +349,35 @@ def expected_layers(width=1.0, size=224, expand_first=False):
             if t > 1 or expand_first:
                 layers.append(Layer(channels, wide, (1, 1), (1, 1), 1, size, f"{name}, expansion"))
             size //= stride
-            layers.append(Layer(wide, wide, (3, 3), (stride, stride), wide, size, f"{name}, depthwise convolution"))
+            layers.append(
+                Layer(
+                    wide,
+                    wide,
+                    (3, 3),
+                    (stride, stride),
+                    wide,
+                    size,
+                    f"{name}, depthwise convolution",
+                )
+            )
             layers.append(Layer(wide, scaled(c), (1, 1), (1, 1), 1, size, f"{name}, projection"))
             channels = layers[-1].out_channels
     head = max(1280, scaled(1280))
-    layers.append(Layer(channels, head, (1, 1), (1, 1), 1, size, "row 9 of Table 2 (the head, conv2d 1×1)"))
+    layers.append(
+        Layer(channels, head, (1, 1), (1, 1), 1, size, "row 9 of Table 2 (the head, conv2d 1×1)")
+    )
     return [*layers, Layer(head, 1000, (1, 1), (1, 1), 1, 1, "row 11 of Table 2 (the classifier)")]
 
 
 def count_products(layers):
     """Count the multiply-adds: each output is a sum of kernel area × input channels / groups products."""
     return sum(
-        layer.size**2 * layer.out_channels * math.prod(layer.kernel) * layer.in_channels // layer.groups for layer in layers
+        layer.size**2
+        * layer.out_channels
+        * math.prod(layer.kernel)
+        * layer.in_channels
+        // layer.groups
+        for layer in layers
     )
 
 
@@ -309,7 +407,9 @@ class Submission:
     def __init__(self, network_class=None):
         self.network_class = network_class
         self.seconds = TIME_LIMIT  # left for the student's code
-        self.failed = self.stopped = None  # the first criterion that failed, and the first after which nothing can be judged
+        self.failed = self.stopped = (
+            None  # the first criterion that failed, and the first after which nothing can be judged
+        )
         self.records = {}
 
     @contextlib.contextmanager
@@ -320,15 +420,19 @@ class Submission:
             raise GraderLimit(f"it takes more than {TIME_LIMIT} seconds")
 
         start = time.monotonic()
-        can_stop = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+        can_stop = (
+            hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+        )
         handler = can_stop and signal.signal(signal.SIGALRM, stop)
         try:
             if can_stop:
                 signal.setitimer(signal.ITIMER_REAL, max(0.01, self.seconds))
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    yield
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),warnings.catch_warnings()
+            ):
+                warnings.simplefilter("ignore")
+                yield
         finally:
             if can_stop:
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -341,15 +445,27 @@ class Submission:
             with self.contain():
                 return function()
         except (Exception, SystemExit, GraderLimit) as error:
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library(frame.filename)]
-            place = [f"{Path(frame.filename).name}, line {frame.lineno} ({frame.line})" for frame in frames[-1:]]
+            frames = [
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if not is_library(frame.filename)
+            ]
+            place = [
+                f"{Path(frame.filename).name}, line {frame.lineno} ({frame.line})"
+                for frame in frames[-1:]
+            ]
             reason = " ".join(str(error).split())
             kind = type(error).__name__
-            if isinstance(error, GraderLimit | MemoryError) or "allocate memory" in reason or "enough memory" in reason:
+            if (
+                isinstance(error, GraderLimit | MemoryError)
+                or "allocate memory" in reason
+                or "enough memory" in reason
+            ):
                 kind = LIMIT
             fault = ": ".join([what, *place, kind, reason])
         fault += hint(fault)
         expect(False, fault if fault.endswith((".", ")")) else f"{fault}.")
+        return None
 
     @property
     def expands_first(self):
@@ -375,16 +491,26 @@ class Submission:
 
     def accepts(self, names):
         """Return the parameter that has one of `names`, or the first name if there is a **kwargs, or None."""
-        known = next((name for name in self.parameters if name.lower().replace("_", "") in names), None)
-        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values())
+        known = next(
+            (name for name in self.parameters if name.lower().replace("_", "") in names), None
+        )
+        any_name = any(
+            parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values()
+        )
         return known or (names[0] if any_name else None)
 
     def takes_classes_first(self):
         """Return whether the first parameter is probably the number of classes, under another name."""
         first = next(iter(self.parameters.values()), None)
-        if first is None or re.search("chan|input|size|width|alpha|mult|in_|dropout", first.name) or first.kind > 1:
+        if (
+            first is None
+            or re.search("chan|input|size|width|alpha|mult|in_|dropout", first.name)
+            or first.kind > 1
+        ):
             return False
-        return first.default is first.empty or (isinstance(first.default, int) and first.default >= 2)
+        return first.default is first.empty or (
+            isinstance(first.default, int) and first.default >= 2
+        )
 
     def build(self, classes=1000, width=None):
         """Build the network. Returns it in eval mode."""
@@ -409,8 +535,15 @@ class Submission:
         with limit_weights():
             construct = functools.partial(self.network_class, *first, **named)
             network = self.attempt(f"MobileNetV2({call}) cannot be built", construct, hint)
-        expect(isinstance(network, nn.Module), "MobileNetV2 is not an nn.Module; write class MobileNetV2(nn.Module).")
-        borrowed = [module for module in network.modules() if type(module).__module__.startswith("torchvision.models")]
+        expect(
+            isinstance(network, nn.Module),
+            "MobileNetV2 is not an nn.Module; write class MobileNetV2(nn.Module).",
+        )
+        borrowed = [
+            module
+            for module in network.modules()
+            if type(module).__module__.startswith("torchvision.models")
+        ]
         expect(
             not borrowed or borrowed[0] is network,
             f"the network uses torchvision's {type(borrowed[0]).__name__ if borrowed else ''}; write all parts yourself.",
@@ -433,10 +566,15 @@ class Submission:
                 return (network or self.network)(images)
 
         what = f"{note}forward fails for images of {images.shape[-1]} × {images.shape[-1]} pixels"
-        logits = self.attempt(what, run, lambda fault: explain_error(fault, getattr(record, "layers", [])))
+        logits = self.attempt(
+            what, run, lambda fault: explain_error(fault, getattr(record, "layers", []))
+        )
         kind = type(logits).__name__
         fix = "is a return missing?" if logits is None else "return the logits alone"
-        expect(isinstance(logits, torch.Tensor), f"forward returns {kind}, expected one tensor of logits ({fix}).")
+        expect(
+            isinstance(logits, torch.Tensor),
+            f"forward returns {kind}, expected one tensor of logits ({fix}).",
+        )
         return logits
 
     def record_structure(self, size, network=None, note=""):
@@ -458,7 +596,9 @@ class Submission:
                 return record
             except pytest.fail.Exception as failure:
                 record.error = str(failure)
-                if failed is None or LIMIT not in record.error:  # the student's own error tells more
+                if (
+                    failed is None or LIMIT not in record.error
+                ):  # the student's own error tells more
                     failed = record
         return failed
 
@@ -476,7 +616,9 @@ class Submission:
             try:
                 with torch.no_grad():
                     record.logits = self.forward(images, record, note=note)
-                record.changed = {n for n, b in network.named_buffers() if not torch.equal(b, record.buffers[n])}
+                record.changed = {
+                    n for n, b in network.named_buffers() if not torch.equal(b, record.buffers[n])
+                }
             except pytest.fail.Exception as failure:
                 record.error = str(failure)
             network.eval()
@@ -570,7 +712,10 @@ class Reference:
         images = self.images.clone().requires_grad_()
         logits = self.network(images)
         (logits * self.direction).sum().backward()
-        return logits.detach(), [images.grad, *(tensor.grad for tensor in self.used if id(tensor) in parameters)]
+        return logits.detach(), [
+            images.grad,
+            *(tensor.grad for tensor in self.used if id(tensor) in parameters),
+        ]
 
 
 @functools.lru_cache(maxsize=2)
@@ -589,7 +734,9 @@ def reference(size):
     with torch.no_grad(), record:
         network.eval()(images)
     found = Reference(network, [], torch.randn(2, 3, size, size), torch.randn(2, 1000))
-    by_address = {tensor.data_ptr(): tensor for tensor in [*network.parameters(), *network.buffers()]}
+    by_address = {
+        tensor.data_ptr(): tensor for tensor in [*network.parameters(), *network.buffers()]
+    }
     found.used = [by_address[tensor.data_ptr()] for tensor, _ in record.used]
     found.learned = [tensor.detach().clone() for tensor in found.used]
     found.results = {training: found.run(training) for training in (False, True)}
@@ -606,15 +753,25 @@ def load_submission(path):
         raise pytest.UsageError(f"--implementation {path}: {reason}")
 
     submission = Submission()
-    modules = {name: sys.modules.pop(name) for name in [file.stem for file in ROOT.glob("*.py")] if name in sys.modules}
-    sys.path.insert(0, str(path.resolve().parent))  # the file may import others beside it, even one called data.py
+    modules = {
+        name: sys.modules.pop(name)
+        for name in [file.stem for file in ROOT.glob("*.py")]
+        if name in sys.modules
+    }
+    sys.path.insert(
+        0, str(path.resolve().parent)
+    )  # the file may import others beside it, even one called data.py
     try:
         spec = importlib.util.spec_from_file_location("implementation", path.resolve())
         module = sys.modules["implementation"] = importlib.util.module_from_spec(spec)
         with submission.contain():
             spec.loader.exec_module(module)
     except (Exception, SystemExit, GraderLimit) as error:  # a student's file may raise anything
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.resolve())]
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path.resolve())
+        ]
         kind = "the grader's limit" if isinstance(error, GraderLimit) else type(error).__name__
         fault = f"{kind}{''.join(f', line {frame.lineno}' for frame in frames[-1:])}: {' '.join(str(error).split())}"
         fix = "give a Python file with a class MobileNetV2; put code that trains or prints under if __name__ == '__main__':"
@@ -656,8 +813,12 @@ class Score:
 
         A test that is skipped because of a later criterion does not count: layers can pass when strides fail.
         """
-        later = [f"because of {other}" for other in list(CRITERIA)[list(CRITERIA).index(name) + 1 :]]
-        outcomes = [(outcome, message) for outcome, message in self.outcomes[name] if message not in later]
+        later = [
+            f"because of {other}" for other in list(CRITERIA)[list(CRITERIA).index(name) + 1 :]
+        ]
+        outcomes = [
+            (outcome, message) for outcome, message in self.outcomes[name] if message not in later
+        ]
         for status in ("failed", "skipped", "passed"):
             messages = [message for outcome, message in outcomes if outcome == status]
             if messages:
@@ -679,14 +840,22 @@ class Score:
         for name, points in CRITERIA.items():
             status, message = self.status(name)
             given = points if status == "passed" else 0
-            lines.append(f"{name:<{width}}{status:<9}{given:>3} / {points:<5}{message if status == 'skipped' else ''}".rstrip())
+            lines.append(
+                f"{name:<{width}}{status:<9}{given:>3} / {points:<5}{message if status == 'skipped' else ''}".rstrip()
+            )
         lines.append(f"{'total':<{width}}{'':<9}{self.points:>3} / {sum(CRITERIA.values())}")
         failed = [name for name in CRITERIA if self.status(name)[0] == "failed"]
         for name in failed:
-            lines += ["", *textwrap.wrap(f"{name}: {self.status(name)[1]}", 100, break_on_hyphens=False)]
+            lines += [
+                "",
+                *textwrap.wrap(f"{name}: {self.status(name)[1]}", 100, break_on_hyphens=False),
+            ]
         others = {self.status(name)[0] for name in CRITERIA if name != "width"}
         if others == {"passed"} and self.status("width")[0] != "passed":
-            lines += ["", "Correct at width 1.0. The points of width are missing, so the exit code is 1."]
+            lines += [
+                "",
+                "Correct at width 1.0. The points of width are missing, so the exit code is 1.",
+            ]
         elif len(failed) > 1:
             lines += ["", f"Begin with {failed[0]}: it may be the cause of the others."]
         return lines

@@ -42,14 +42,22 @@ NUMBERS = {"negative", "large", "nan"}
 HARMLESS = {  # first and last part of a field: values that mean something, or change nothing
     **dict.fromkeys(("preprocessing mean", "preprocessing std"), {"numbers"}),
     "history stage": {"text"},
-    **dict.fromkeys([f"history {name}" for name in ("epoch", "train_loss", "train_top1", "val_loss")], NUMBERS),
+    **dict.fromkeys(
+        [f"history {name}" for name in ("epoch", "train_loss", "train_top1", "val_loss")], NUMBERS
+    ),
     "epoch epoch": set(WRONG),  # for people; the scripts read the history
     "settings data": {"text"},  # another dataset
     "settings checkpoint": {"text"},  # a resumed run begins with its last.pt
     # The recipe's, or the dataset's.
-    **dict.fromkeys([f"settings {name}" for name in ("optimizer", "schedule", "block_decay")], set(WRONG)),
-    **dict.fromkeys([f"settings {name}" for name in ("epochs", "learning_rate", "image_size")], {"none"}),
-    **dict.fromkeys([f"settings {name}" for name in ("per_class", "unfreeze", "train_batch_norm")], {"none"}),
+    **dict.fromkeys(
+        [f"settings {name}" for name in ("optimizer", "schedule", "block_decay")], set(WRONG)
+    ),
+    **dict.fromkeys(
+        [f"settings {name}" for name in ("epochs", "learning_rate", "image_size")], {"none"}
+    ),
+    **dict.fromkeys(
+        [f"settings {name}" for name in ("per_class", "unfreeze", "train_batch_norm")], {"none"}
+    ),
     # Such numbers end in a loss that is not finite, or in a poor network.
     **dict.fromkeys(("optimizer lr", "optimizer weight_decay", "scheduler last_epoch"), NUMBERS),
     "optimizer step": {"large", "nan"},
@@ -79,7 +87,9 @@ def fields(contents):
     if "optimizer" in contents:
         yield from (("scheduler", key) for key in ("base_lrs", "last_epoch", "lr_lambdas"))
         yield from (("optimizer", key) for key in ("state", "param_groups"))
-        yield from (("optimizer", "param_groups", 0, key) for key in ("lr", "params", "weight_decay"))
+        yield from (
+            ("optimizer", "param_groups", 0, key) for key in ("lr", "params", "weight_decay")
+        )
         yield from (("optimizer", "state", 0, key) for key in contents["optimizer"]["state"][0])
 
 
@@ -112,7 +122,7 @@ def accept(*_):
 def tiny_data(args, preprocessing=None):
     """Sixteen images of two digits."""
     images, labels = torch.arange(16 * 256).view(16, 1, 16, 16).byte(), torch.arange(16) % 2
-    splits = {split: (images, labels) for split in ("train", "val", "test")}
+    splits = dict.fromkeys(("train", "val", "test"), (images, labels))
     preprocessing = data.SMALL | {"image_size": 16}
     return data.Data(["0", "1"], preprocessing, splits, data.distort, batch_size=16)
 
@@ -148,7 +158,12 @@ def runs(one_block, tmp_path_factory):
 def attempt(runs, tmp_path, call, monkeypatch):
     """attempt(script, checkpoint, resume) -> the error line, or "" if the script accepts it."""
     monkeypatch.setattr(data, "load_for", tiny_data)
-    for module, name in ((evaluate, "predict"), (export, "fold_batch_norm"), (train, "train_epoch"), (finetune, "extract_features")):
+    for module, name in (
+        (evaluate, "predict"),
+        (export, "fold_batch_norm"),
+        (train, "train_epoch"),
+        (finetune, "extract_features"),
+    ):
         monkeypatch.setattr(module, name, accept)
     source, out = tmp_path / "bad" / "last.pt", tmp_path / "out"
     source.parent.mkdir()
@@ -156,10 +171,16 @@ def attempt(runs, tmp_path, call, monkeypatch):
     def run(script, checkpoint, resume=False):
         torch.save(checkpoint, source)
         before = source.read_bytes()
-        options = ("--resume", "--out", source.parent) if resume else ("--checkpoint", source, "--out", out)
+        options = (
+            ("--resume", "--out", source.parent)
+            if resume
+            else ("--checkpoint", source, "--out", out)
+        )
         try:
             code, _, error = call(script, *options)
-            assert code == 2 and error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: ")
+            assert (
+                code == 2 and error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: ")
+            )
         except Accepted:
             error = ""
         assert source.read_bytes() == before and not out.exists()
@@ -169,7 +190,13 @@ def attempt(runs, tmp_path, call, monkeypatch):
     return run
 
 
-KINDS = [(evaluate, False, 1), (export, False, 13), (finetune, False, 13), (train, True, 7), (finetune, True, 13)]
+KINDS = [
+    (evaluate, False, 1),
+    (export, False, 13),
+    (finetune, False, 13),
+    (train, True, 7),
+    (finetune, True, 13),
+]
 
 
 @pytest.mark.parametrize("script, resume, step", KINDS)
@@ -267,7 +294,9 @@ def test_damage_to_weights_is_found(damage, runs, tmp_path):
 
 def test_weights_of_fewer_bits_are_usable(runs, tmp_path):
     contents = torch.load(runs / "train" / "best.pt", weights_only=True)
-    contents["model"]["classifier.weight"] = contents["model"]["classifier.weight"].to(torch.float8_e4m3fn)
+    contents["model"]["classifier.weight"] = contents["model"]["classifier.weight"].to(
+        torch.float8_e4m3fn
+    )
     torch.save(contents, tmp_path / "small.pt")
     assert load_checkpoint(tmp_path / "small.pt")[0].classifier.weight.dtype == torch.float32
 
@@ -315,7 +344,11 @@ OPTIONS = {  # option: wrong values
     "--surprise": ("1",),
 }
 OWN_OPTIONS = {
-    train: {"--learning-rate": ("nan", "inf", "-1", "101"), "--width": ("0", "nan", "5"), "--loss": ("x",)},
+    train: {
+        "--learning-rate": ("nan", "inf", "-1", "101"),
+        "--width": ("0", "nan", "5"),
+        "--loss": ("x",),
+    },
     finetune: {"--unfreeze": ("-1", "18", "x"), "--classifier-epochs": ("0", "x")},
     evaluate: {"--images": ("nothing.jpg",)},
     export: {"--formats": ("x",)},
@@ -326,7 +359,11 @@ OWN_OPTIONS = {
 @pytest.mark.parametrize("script", OWN_OPTIONS, ids=lambda script: script.__name__)
 def test_every_bad_option_ends_in_one_line(script, runs, tmp_path, call, monkeypatch):
     monkeypatch.setattr(data, "load_for", accept)
-    source = ("--checkpoint", runs / "train" / "best.pt") if script in (finetune, evaluate, export) else ()
+    source = (
+        ("--checkpoint", runs / "train" / "best.pt")
+        if script in (finetune, evaluate, export)
+        else ()
+    )
     for option, values in (OPTIONS | OWN_OPTIONS[script]).items():
         for value in values:
             code, _, error = call(script, *source, "--out", tmp_path / "out", f"{option}={value}")

@@ -29,13 +29,17 @@ def source_of(piece):
         return inspect.getsource(piece)
     text = inspect.getsource(mobilenetv2)
     assignments = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-    return next(ast.get_source_segment(text, node) for node in assignments if node.targets[0].id == piece)
+    return next(
+        ast.get_source_segment(text, node) for node in assignments if node.targets[0].id == piece
+    )
 
 
 def global_names(code):
     """Return the global names in `code` and in all functions inside it."""
     names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return names.union(*(global_names(part) for part in code.co_consts if isinstance(part, types.CodeType)))
+    return names.union(
+        *(global_names(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    )
 
 
 def paste(pieces, imports=""):
@@ -43,12 +47,20 @@ def paste(pieces, imports=""):
     code = compile(HEADER + imports + "\n\n".join(map(source_of, pieces)), "pasted.py", "exec")
     namespace = types.SimpleNamespace()
     exec(code, vars(namespace))
-    assert global_names(code) <= vars(namespace).keys() | vars(builtins).keys()  # also on lines that do not run
+    assert (
+        global_names(code) <= vars(namespace).keys() | vars(builtins).keys()
+    )  # also on lines that do not run
     return namespace
 
 
 def small_network():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
 # -------------------------------------------------------------------------- one function per piece: its exercise
@@ -57,7 +69,9 @@ def small_network():
 def use_block(pasted):
     block, images = pasted.InvertedResidual(16, 24, stride=2, expansion=6), torch.randn(2, 16, 8, 8)
     assert block(images).shape == (2, 24, 4, 4) and block(images).min() < 0  # linear
-    assert sum(p.numel() for p in block.parameters()) == 16 * 96 + 9 * 96 + 96 * 24 + 2 * (96 + 96 + 24)
+    assert sum(p.numel() for p in block.parameters()) == 16 * 96 + 9 * 96 + 96 * 24 + 2 * (
+        96 + 96 + 24
+    )
     block = pasted.InvertedResidual(16, 16, stride=1, expansion=6)
     nn.init.zeros_(block.project.norm.weight)
     assert torch.equal(block(images), images)  # the shortcut
@@ -75,22 +89,40 @@ def use_network(pasted):
 
 def use_train_epoch(pasted):
     labels = torch.arange(64) % 4
-    batches = DataLoader(TensorDataset(torch.randn(64, 10) + 2 * torch.eye(10)[labels], labels), batch_size=16, shuffle=True)
+    batches = DataLoader(
+        TensorDataset(torch.randn(64, 10) + 2 * torch.eye(10)[labels], labels),
+        batch_size=16,
+        shuffle=True,
+    )
     model = nn.Linear(10, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     scheduler = LambdaLR(optimizer, lambda step: 0.99**step)
-    rows = [pasted.train_epoch(model, batches, optimizer, scheduler, functional.cross_entropy) for _ in range(6)]
-    assert rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"] and rows[-1]["train_top1"] > rows[0]["train_top1"]
+    rows = [
+        pasted.train_epoch(model, batches, optimizer, scheduler, functional.cross_entropy)
+        for _ in range(6)
+    ]
+    assert (
+        rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"]
+        and rows[-1]["train_top1"] > rows[0]["train_top1"]
+    )
     assert scheduler.last_epoch == 6 * 4
 
 
 def use_losses(pasted):
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    torch.testing.assert_close(pasted.focal_loss(logits, labels, gamma=0), functional.cross_entropy(logits, labels))
+    torch.testing.assert_close(
+        pasted.focal_loss(logits, labels, gamma=0), functional.cross_entropy(logits, labels)
+    )
     even = torch.zeros(2, 2)  # p = 1/2
-    assert pasted.focal_loss(even, torch.tensor([0, 1])).item() == pytest.approx(0.25 * 0.693147, rel=1e-5)
-    assert pasted.dice_loss(even, torch.tensor([0, 1])).item() == pytest.approx(1 - (2 * 0.5 + 1) / (0.5 + 1 + 1))
-    assert pasted.dice_loss(99 * functional.one_hot(labels).float(), labels).item() == pytest.approx(0, abs=1e-6)
+    assert pasted.focal_loss(even, torch.tensor([0, 1])).item() == pytest.approx(
+        0.25 * 0.693147, rel=1e-5
+    )
+    assert pasted.dice_loss(even, torch.tensor([0, 1])).item() == pytest.approx(
+        1 - (2 * 0.5 + 1) / (0.5 + 1 + 1)
+    )
+    assert pasted.dice_loss(
+        99 * functional.one_hot(labels).float(), labels
+    ).item() == pytest.approx(0, abs=1e-6)
 
 
 def use_schedules(pasted):
@@ -131,7 +163,10 @@ def use_freeze_batch_norm(pasted):
 
 
 def use_fold_batch_norm(pasted):
-    model, images = nn.Sequential(convolution(3, 8, 3), convolution(8, 8, 3, 2, groups=8, activation=False)), torch.randn(2, 3, 8, 8)
+    model, images = (
+        nn.Sequential(convolution(3, 8, 3), convolution(8, 8, 3, 2, groups=8, activation=False)),
+        torch.randn(2, 3, 8, 8),
+    )
     for _ in range(3):
         model(images)  # updates the running statistics
     folded = pasted.fold_batch_norm(model)
@@ -153,7 +188,14 @@ def use_class_activation_map(pasted):
 CONSTANTS = ("BOTTLENECKS", "STEM_CHANNELS", "HEAD_CHANNELS", "STRIDES_DROPPED")
 PIECES = {  # exercise: pieces
     use_block: (convolution, InvertedResidual),
-    use_network: (*CONSTANTS, make_divisible, convolution, InvertedResidual, MobileNetV2, initialise),
+    use_network: (
+        *CONSTANTS,
+        make_divisible,
+        convolution,
+        InvertedResidual,
+        MobileNetV2,
+        initialise,
+    ),
     use_train_epoch: (train_epoch,),
     use_losses: (focal_loss, dice_loss),
     use_schedules: (cosine, exponential),
@@ -165,6 +207,8 @@ PIECES = {  # exercise: pieces
 }
 
 
-@pytest.mark.parametrize("exercise", PIECES, ids=lambda exercise: exercise.__name__.removeprefix("use_"))
+@pytest.mark.parametrize(
+    "exercise", PIECES, ids=lambda exercise: exercise.__name__.removeprefix("use_")
+)
 def test_pasted_code_runs(exercise):
     exercise(paste(PIECES[exercise], "import copy\n" if exercise is use_fold_batch_norm else ""))

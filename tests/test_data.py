@@ -207,7 +207,11 @@ def test_letters_and_digits_are_never_mirrored(glyphs):
     """Their augmentation is `distort`: a mirrored 3 or S would be another character."""
     assert load_data("digits").augment is glyphs.augment is data.distort
     assert data.PUBLISHED["mnist"][1] is data.distort
-    assert data.PUBLISHED["fashion-mnist"][1].func is data.PUBLISHED["cifar10"][1] is data.crop_and_flip
+    assert (
+        data.PUBLISHED["fashion-mnist"][1].func
+        is data.PUBLISHED["cifar10"][1]
+        is data.crop_and_flip
+    )
     image = torch.zeros(200, 1, 32, 32, dtype=torch.uint8)
     image[:, :, 4:28, 6:10] = image[:, :, 4:8, 6:26] = 255  # the upper left corner of a frame
     out = data.distort(image, 32)
@@ -694,7 +698,7 @@ def test_cifar10_in_torchvision_layout(tmp_path, monkeypatch):
     """Ten images in each of its six files: pickles, whose checksums torchvision verifies."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     pixels = numpy.repeat(numpy.arange(10, dtype=numpy.uint8), 3072).reshape(10, 3072)
     pixels[:, 5] = 255  # red, first row, column 5
     batch = pickle.dumps({"data": pixels, "labels": [*range(10)]})

@@ -29,7 +29,9 @@ def photos(tmp_path):
     for name, colour in (("light", 200), ("dark", 0)):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(10):
-            Image.new("RGB", (40, 30), (colour + number,) * 3).save(tmp_path / "photos" / name / f"{number}.png")
+            Image.new("RGB", (40, 30), (colour + number,) * 3).save(
+                tmp_path / "photos" / name / f"{number}.png"
+            )
     return tmp_path / "photos"
 
 
@@ -43,7 +45,11 @@ def no_layout(monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Draw nothing, for tests that look at numbers and messages only."""
-    for module, name in ((data, "plot_grid"), (evaluate, "plot_confusion"), (evaluate, "plot_history")):
+    for module, name in (
+        (data, "plot_grid"),
+        (evaluate, "plot_confusion"),
+        (evaluate, "plot_history"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
 
 
@@ -107,10 +113,18 @@ def awkward_cases(name):
     if name == "one class":
         return torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.long), 1
     if name == "absent classes":  # 3 and 5 do not occur, 2, 4 and 5 are never predicted
-        return torch.tensor([0, 0, 1, 1, 1, 2, 2, 4, 4, 0]), torch.tensor([0, 1, 1, 1, 3, 1, 0, 1, 1, 0]), 6
+        return (
+            torch.tensor([0, 0, 1, 1, 1, 2, 2, 4, 4, 0]),
+            torch.tensor([0, 1, 1, 1, 3, 1, 0, 1, 1, 0]),
+            6,
+        )
     count, classes = {"seven classes": (500, 7), "1,000 classes": (20_000, 1000)}[name]
     labels = spread(count, classes, 0)
-    return labels, torch.where(spread(count, 3, 900) == 0, spread(count, classes, 500), labels), classes
+    return (
+        labels,
+        torch.where(spread(count, 3, 900) == 0, spread(count, classes, 500), labels),
+        classes,
+    )
 
 
 @pytest.mark.parametrize("name", SKLEARN)
@@ -119,28 +133,37 @@ def test_report_agrees_with_scikit_learn_to_the_last_digit(name):
     for key in ("precision", "recall", "f1", "support"):
         assert key not in expected or [row[key] for row in report["per_class"]] == expected[key]
     for key in ("macro", "weighted"):  # another processor may add in another order
-        assert [report[key][measure] for measure in ("precision", "recall", "f1")] == pytest.approx(expected[key], rel=4e-16)
+        assert [report[key][measure] for measure in ("precision", "recall", "f1")] == pytest.approx(
+            expected[key], rel=4e-16
+        )
 
 
 def test_text_report_has_one_line_per_class():
     report = classification_report(torch.tensor([[2, 1], [0, 1]]))
     text = evaluate.format_report(report, {"loss": 0.5, "top1": 0.75}, ["鬱金香", "a longer name"])
-    assert text.splitlines() == [
-        "               precision  recall  f1-score  support",
-        "",
-        "       鬱金香     1.0000  0.6667    0.8000        3",  # a Chinese character has the width of two others
-        "a longer name     0.5000  1.0000    0.6667        1",
-        "",
-        "     accuracy                       0.7500        4",
-        "    macro avg     0.7500  0.8333    0.7333        4",
-        " weighted avg     0.8750  0.7500    0.7667        4",
-        "",
-        "loss 0.5000  top1 0.7500",
-    ]
+    assert (
+        text.splitlines()
+        == [
+            "               precision  recall  f1-score  support",
+            "",
+            "       鬱金香     1.0000  0.6667    0.8000        3",  # a Chinese character has the width of two others
+            "a longer name     0.5000  1.0000    0.6667        1",
+            "",
+            "     accuracy                       0.7500        4",
+            "    macro avg     0.7500  0.8333    0.7333        4",
+            " weighted avg     0.8750  0.7500    0.7667        4",
+            "",
+            "loss 0.5000  top1 0.7500",
+        ]
+    )
 
 
 def test_perfect_predictions_have_measures_of_1_and_wrong_ones_of_0():
-    assert classification_report(torch.diag(torch.tensor([3, 5])))["macro"] == {"precision": 1, "recall": 1, "f1": 1}
+    assert classification_report(torch.diag(torch.tensor([3, 5])))["macro"] == {
+        "precision": 1,
+        "recall": 1,
+        "f1": 1,
+    }
     wrong = classification_report(torch.tensor([[0, 3], [5, 0]]))
     assert wrong["weighted"] == {"precision": 0, "recall": 0, "f1": 0}
 
@@ -151,7 +174,9 @@ def test_scores_of_known_logits():
     assert scores["top1"] == 0.75
     assert scores["loss"] == pytest.approx(-(logits[0, 0] * 3 + logits[3, 7]).item() / 4, rel=1e-5)
     assert "top5" not in evaluate.score(logits[:, :5], torch.zeros(4, dtype=torch.long))
-    ranked = torch.arange(10.0).flip(0).repeat(10, 1)  # class 0 is the first of each image, class 9 the last
+    ranked = (
+        torch.arange(10.0).flip(0).repeat(10, 1)
+    )  # class 0 is the first of each image, class 9 the last
     assert evaluate.score(ranked, torch.arange(10))["top5"] == 0.5
 
 
@@ -160,7 +185,9 @@ def test_scores_of_known_logits():
 
 def test_evaluate_writes_report_tables_and_pictures(trained, tmp_path, call, no_layout):
     before = (trained / "best.pt").read_bytes()
-    code, out, _ = call(evaluate, "--checkpoint", trained / "best.pt", "--out", tmp_path, "--explain")
+    code, out, _ = call(
+        evaluate, "--checkpoint", trained / "best.pt", "--out", tmp_path, "--explain"
+    )
     assert code == 0 and (trained / "best.pt").read_bytes() == before
     pictures = ["confusion.png", "curves.png", "explanation.png", "mistakes.png", "samples.png"]
     others = ["metrics.json", "predictions.csv", "report.txt"]
@@ -172,38 +199,63 @@ def test_evaluate_writes_report_tables_and_pictures(trained, tmp_path, call, no_
     assert out.splitlines()[-1] == f"next: {after}"
 
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert {"top1", "top5", "loss", "macro", "weighted", "per_class", "images", "split"} <= metrics.keys()
+    assert {
+        "top1",
+        "top5",
+        "loss",
+        "macro",
+        "weighted",
+        "per_class",
+        "images",
+        "split",
+    } <= metrics.keys()
     assert (metrics["split"], metrics["images"]) == ("test", 899)
     recall = sum(row["recall"] * row["support"] for row in metrics["per_class"].values()) / 899
     assert recall == pytest.approx(metrics["top1"])
 
     rows = read_csv(tmp_path / "predictions.csv")
     assert [int(row["image"]) for row in rows] == list(range(899))
-    assert sum(row["true"] == row["predicted"] for row in rows) / 899 == pytest.approx(metrics["top1"])
+    assert sum(row["true"] == row["predicted"] for row in rows) / 899 == pytest.approx(
+        metrics["top1"]
+    )
     for row in rows:
         confidences = [float(row[f"confidence{end}"]) for end in ("", "_2", "_3")]
-        assert 1 >= confidences[0] >= confidences[1] >= confidences[2] >= 0 and sum(confidences) <= 1.00001
+        assert (
+            1 >= confidences[0] >= confidences[1] >= confidences[2] >= 0
+            and sum(confidences) <= 1.00001
+        )
         assert len({row["predicted"], row["second"], row["third"]}) == 3
 
 
 def test_metrics_do_not_depend_on_batch_size_or_workers(trained, photos):
     model, checkpoint = load_checkpoint(trained / "best.pt")
-    for name, split, settings in (("digits", "test", ((7, 0), (899, 0))), (photos, "train", ((2, 0), (3, 2), (50, 0)))):
+    for name, split, settings in (
+        ("digits", "test", ((7, 0), (899, 0))),
+        (photos, "train", ((2, 0), (3, 2), (50, 0))),
+    ):
         counts = []
         for size, workers in settings:
-            dataset = data.load_data(name, checkpoint["preprocessing"], batch_size=size, workers=workers)
+            dataset = data.load_data(
+                name, checkpoint["preprocessing"], batch_size=size, workers=workers
+            )
             logits, labels = predict(model, dataset.batches(split))
             counts.append(confusion_matrix(labels, logits.argmax(dim=1), 10))
-        assert counts[0].sum() == len(labels) and all(torch.equal(counts[0], others) for others in counts)
+        assert counts[0].sum() == len(labels) and all(
+            torch.equal(counts[0], others) for others in counts
+        )
 
 
 def test_validation_images_are_used_without_a_test_split(photos, tmp_path, call, no_pictures):
     options = ("--data", photos, "--workers", 0)
     network = ("--width", 0.35, "--image-size", 32, "--epochs", 1, "--batch-size", 8)
     assert call(train, *options, *network, "--out", tmp_path / "run")[0] == 0
-    code, out, _ = call(evaluate, *options, "--checkpoint", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval")
+    code, out, _ = call(
+        evaluate, *options, "--checkpoint", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval"
+    )
     line = "no test split: these images also chose the checkpoint\n"
-    assert code == 0 and line in out and (tmp_path / "eval" / "report.txt").read_text().endswith(line)
+    assert (
+        code == 0 and line in out and (tmp_path / "eval" / "report.txt").read_text().endswith(line)
+    )
     rows = read_csv(tmp_path / "eval" / "predictions.csv")
     assert len(rows) == 4 and all(row["image"].endswith(".png") for row in rows)
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["split"] == "val"
@@ -211,23 +263,38 @@ def test_validation_images_are_used_without_a_test_split(photos, tmp_path, call,
 
 def test_torchvision_weights_take_the_classes_of_the_dataset(photos, tmp_path, call, no_pictures):
     options = ("--out", tmp_path / "out", "--checkpoint", tmp_path / "theirs.pth")
-    for count, known in ((2, None), (3, "['class 0', 'class 1', 'class 2']"), (1000, "['tench', 'goldfish', ")):
+    for count, known in (
+        (2, None),
+        (3, "['class 0', 'class 1', 'class 2']"),
+        (1000, "['tench', 'goldfish', "),
+    ):
         weights = torchvision.models.mobilenet_v2(num_classes=count, width_mult=0.35).state_dict()
         torch.save(weights, tmp_path / "theirs.pth")
         code, out, err = call(evaluate, *options, "--data", photos)
         if known is None:
-            assert (code, err) == (0, "") and "  dark  " in out and out.endswith('theirs.pth-export"\n')
+            assert (
+                (code, err) == (0, "")
+                and "  dark  " in out
+                and out.endswith('theirs.pth-export"\n')
+            )
         else:
             assert code == 2 and known in err
-    assert call(evaluate, *options, "--images", photos)[0] == 0  # these have the classes of ImageNet
+    assert (
+        call(evaluate, *options, "--images", photos)[0] == 0
+    )  # these have the classes of ImageNet
     names = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"]
     assert {row["predicted"] for row in read_csv(tmp_path / "out" / "images.csv")} <= set(names)
 
 
 def test_checkpoint_with_other_classes_is_refused(trained, tmp_path, call):
-    code, _, err = call(evaluate, "--checkpoint", trained / "best.pt", "--data", "glyphs", "--out", tmp_path)
+    code, _, err = call(
+        evaluate, "--checkpoint", trained / "best.pt", "--data", "glyphs", "--out", tmp_path
+    )
     assert code == 2 and len(err.splitlines()) == 1
-    assert "best.pt' has 10 classes (['0', '1', '2']...), 'glyphs' 37 (['A', 'B', 'C']...): use other" in err
+    assert (
+        "best.pt' has 10 classes (['0', '1', '2']...), 'glyphs' 37 (['A', 'B', 'C']...): use other"
+        in err
+    )
 
 
 @pytest.mark.parametrize("kind", ("missing", "truncated", "other", "torchvision"))
@@ -251,27 +318,45 @@ def test_bad_checkpoint_ends_in_one_line(kind, trained, tmp_path, call):
 def drawn(monkeypatch):
     """The list of the figures that are drawn, which are still written."""
     figures, save = [], evaluate.Figure.savefig
-    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
+    monkeypatch.setattr(
+        evaluate.Figure,
+        "savefig",
+        lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k),
+    )
     return figures
 
 
 def test_confusion_picture_has_counts_and_names(tmp_path, drawn):
-    evaluate.plot_confusion(torch.tensor([[5, 1], [0, 3]]), ["cat", "dog"], tmp_path / "confusion.png")
+    evaluate.plot_confusion(
+        torch.tensor([[5, 1], [0, 3]]), ["cat", "dog"], tmp_path / "confusion.png"
+    )
     axes = drawn[0].axes[0]
     texts = {(text.get_position(), text.get_text()) for text in axes.texts}
     assert texts == {((0, 0), "5"), ((1, 0), "1"), ((1, 1), "3")}  # (column, row); no number for 0
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
-    assert (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) == ("8 of 9 correct", "true", "predicted")
+    assert (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) == (
+        "8 of 9 correct",
+        "true",
+        "predicted",
+    )
 
 
 @pytest.mark.parametrize("count, cells", ((2, 2), (10, 10), (37, 37), (50, 50), (51, 0), (1000, 0)))
 def test_confusion_picture_has_text_only_where_it_fits(count, cells, tmp_path, drawn):
     names = [f"class {index}" for index in range(count)]
-    evaluate.plot_confusion(11 * torch.eye(count, dtype=torch.long), names, tmp_path / "confusion.png")
+    evaluate.plot_confusion(
+        11 * torch.eye(count, dtype=torch.long), names, tmp_path / "confusion.png"
+    )
     axes = drawn[0].axes[0]
-    assert len(axes.texts) == cells and (axes.get_yticklabels()[0].get_text() == "class 0") == (cells > 0)
+    assert len(axes.texts) == cells and (axes.get_yticklabels()[0].get_text() == "class 0") == (
+        cells > 0
+    )
     cell = axes.get_window_extent().width / count
-    for texts, side in ((axes.texts, "width"), (axes.texts, "height"), (axes.get_yticklabels()[:cells], "height")):
+    for texts, side in (
+        (axes.texts, "width"),
+        (axes.texts, "height"),
+        (axes.get_yticklabels()[:cells], "height"),
+    ):
         assert all(getattr(text.get_window_extent(), side) <= 1.15 * cell for text in texts[:3])
 
 
@@ -299,7 +384,10 @@ def test_predictions_are_green_if_correct_and_red_if_incorrect(tmp_path, drawn):
 def test_history_picture_marks_the_second_stage(tmp_path, drawn):
     scores = {f"{split}_{key}": 0.5 for split in ("train", "val") for key in ("loss", "top1")}
     stages = enumerate(("classifier", "classifier", "blocks"), start=1)
-    evaluate.plot_history([{"stage": stage, "epoch": epoch} | scores for epoch, stage in stages], tmp_path / "curves.png")
+    evaluate.plot_history(
+        [{"stage": stage, "epoch": epoch} | scores for epoch, stage in stages],
+        tmp_path / "curves.png",
+    )
     for axes in drawn[0].axes:
         assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [2.5]
 
@@ -322,7 +410,7 @@ def test_overlay_puts_each_cell_at_its_pixel():
     maps = torch.full((1, 4, 4), -1.0)
     maps[0, 1, 2] = 3.0
     heat = evaluate.overlay(maps, torch.zeros(1, 3, 64, 64), stride=16)
-    assert heat.shape == (1, 3, 64, 64) and 0 <= heat.min() and heat.max() <= 1
+    assert heat.shape == (1, 3, 64, 64) and heat.min() >= 0 and heat.max() <= 1
     assert divmod(heat[0].sum(dim=0).argmax().item(), 64) == (16, 32)
 
 
@@ -330,7 +418,9 @@ def test_centre_of_a_cell_is_a_multiple_of_the_stride():
     """`overlay` relies on it. The gradient shows which pixels an inner cell depends on."""
     model = MobileNetV2(5, 0.35, output_stride=8).double().eval()
     images = torch.rand(1, 3, 161, 161, dtype=torch.double, requires_grad=True)
-    model.blocks[:14](model.stem(images))[0, :, 10, 10].sum().backward()  # all strides of 2; the other blocks have 1
+    model.blocks[:14](model.stem(images))[
+        0, :, 10, 10
+    ].sum().backward()  # all strides of 2; the other blocks have 1
     rows = images.grad.abs().sum(dim=(0, 1, 3)).nonzero().flatten()
     assert (rows.min() + rows.max()).item() / 2 == 8 * 10
 
@@ -344,31 +434,61 @@ def predict_files(model, preprocessing, paths):
     return predict(model, data.Data([], preprocessing, {"test": split}).batches("test"))[0]
 
 
-def test_images_without_labels_are_classified_and_explained(trained, photos, tmp_path, call, no_layout):
+def test_images_without_labels_are_classified_and_explained(
+    trained, photos, tmp_path, call, no_layout
+):
     (photos / "damaged.jpg").write_bytes(b"not an image")
     options = ("--checkpoint", trained / "best.pt", "--out", tmp_path / "out", "--images")
     code, out, err = call(evaluate, *options, photos, photos / "light" / "3.png", "--explain")
-    assert code == 0 and err.startswith("skipping ") and "damaged.jpg" in err and len(err.splitlines()) == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"images.csv", "images.png", "images-explanation.png"}
+    assert (
+        code == 0
+        and err.startswith("skipping ")
+        and "damaged.jpg" in err
+        and len(err.splitlines()) == 1
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "images.csv",
+        "images.png",
+        "images-explanation.png",
+    }
     assert out.startswith(f"{trained / 'best.pt'}: 10 classes, from 0 to 9")
     rows = read_csv(tmp_path / "out" / "images.csv")
     paths = [*sorted(photos.rglob("*.png")), photos / "light" / "3.png"]
-    assert [row["image"] for row in rows] == list(map(str, paths)) and {row["true"] for row in rows} == {""}
+    assert [row["image"] for row in rows] == list(map(str, paths)) and {
+        row["true"] for row in rows
+    } == {""}
     model, checkpoint = load_checkpoint(trained / "best.pt")
     best = predict_files(model, checkpoint["preprocessing"], paths).softmax(dim=1).topk(3, dim=1)
-    for row, line, guesses, confidences in zip(rows, out.splitlines()[1:], best.indices, best.values, strict=False):
-        assert [row["predicted"], row["second"], row["third"]] == [str(guess.item()) for guess in guesses]
+    for row, line, guesses, confidences in zip(
+        rows, out.splitlines()[1:], best.indices, best.values, strict=False
+    ):
+        assert [row["predicted"], row["second"], row["third"]] == [
+            str(guess.item()) for guess in guesses
+        ]
         assert float(row["confidence_2"]) == pytest.approx(confidences[1].item(), abs=1e-5)
-        assert line.startswith(f"{row['image']}: {row['predicted']} {float(row['confidence']):.1%}, ")
+        assert line.startswith(
+            f"{row['image']}: {row['predicted']} {float(row['confidence']):.1%}, "
+        )
     for picture in ("images.png", "images-explanation.png"):
         assert imread(tmp_path / "out" / picture).std() > 0
 
 
-@pytest.mark.parametrize("kind, message", (("missing", "No such file"), ("text", "cannot read"), ("folder", "no images found")))
+@pytest.mark.parametrize(
+    "kind, message",
+    (("missing", "No such file"), ("text", "cannot read"), ("folder", "no images found")),
+)
 def test_unreadable_images_end_in_one_line(kind, message, trained, tmp_path, call):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text").write_text("not an image")
-    code, _, err = call(evaluate, "--checkpoint", trained / "best.pt", "--out", tmp_path, "--images", tmp_path / kind)
+    code, _, err = call(
+        evaluate,
+        "--checkpoint",
+        trained / "best.pt",
+        "--out",
+        tmp_path,
+        "--images",
+        tmp_path / kind,
+    )
     assert code == 2 and len(err.splitlines()) == 1 and message in err
     assert kind == "folder" or str(tmp_path / kind) in err
 

@@ -177,7 +177,9 @@ def test_ablation_trains_as_train_py_does(tmp_path, call, monkeypatch, few_digit
     options = ("--data", "digits", "--epochs", 2, "--width", 0.35, "--out", tmp_path)
     assert call(train, *options, "--seed", 1)[0] == 0
     scores, validate = [], train.validate
-    monkeypatch.setattr(train, "validate", lambda *args: scores.append(validate(*args)) or scores[-1])
+    monkeypatch.setattr(
+        train, "validate", lambda *args: scores.append(validate(*args)) or scores[-1]
+    )
     args = SimpleNamespace(data="digits", data_dir=tmp_path, width=0.35, epochs=2)
     curve, _ = ablation.measure(ablation.change_nothing, args, seed=1)
     with open(tmp_path / "log.csv", newline="") as file:
@@ -186,9 +188,7 @@ def test_ablation_trains_as_train_py_does(tmp_path, call, monkeypatch, few_digit
     assert [row["val_loss"] for row in scores[:2]] == [float(row["val_loss"]) for row in rows]
 
 
-def test_resnet18_fine_tunes_as_finetune_py_does(
-    trained, tmp_path, call, monkeypatch, few_digits
-):
+def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkeypatch, few_digits):
     # Each epoch is better than the one before, so both keep the last.
     accuracies = itertools.count(1)
     better = lambda *_: {"loss": 1.0, "top1": next(accuracies) / 100}  # noqa: E731

@@ -128,7 +128,9 @@ def test_both_stages_use_adamw_with_the_options(start, tmp_path, call, untrained
         assert optimizer.param_groups[-1]["initial_lr"] == 0.5
 
 
-@pytest.mark.parametrize("options", ((2, "--no-train-batch-norm"), (17, "--no-train-batch-norm"), (2,)))
+@pytest.mark.parametrize(
+    "options", ((2, "--no-train-batch-norm"), (17, "--no-train-batch-norm"), (2,))
+)
 def test_frozen_layers_stay_bit_equal_and_others_move(start, tmp_path, call, epochs, options):
     command = (*SHORT, "--checkpoint", start, "--out", tmp_path, "--unfreeze", *options)
     assert call(finetune, *command)[0] == 0
@@ -150,8 +152,20 @@ def test_frozen_layers_stay_bit_equal_and_others_move(start, tmp_path, call, epo
 def test_small_images_train_all_layers_and_photos_the_last_blocks(
     start, photos, tmp_path, call, untrained
 ):
-    small = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17, "train_batch_norm": True}
-    large = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 8, "train_batch_norm": None}
+    small = {
+        "epochs": 6,
+        "learning_rate": 0.005,
+        "block_decay": 1.0,
+        "unfreeze": 17,
+        "train_batch_norm": True,
+    }
+    large = {
+        "epochs": 10,
+        "learning_rate": 0.002,
+        "block_decay": 0.9,
+        "unfreeze": 8,
+        "train_batch_norm": None,
+    }
     for source, expected in (("digits", small), (photos, large)):
         options = ("--data", source, "--image-size", 16, "--classifier-epochs", 1)
         folder = tmp_path / f"run-{expected['unfreeze']}"
@@ -201,9 +215,9 @@ def test_cached_features_are_those_of_the_network_and_an_epoch_repeats_them():
 def test_the_backbone_sees_each_image_once_in_stage_classifier(start, tmp_path, call, monkeypatch):
     counts = []
     hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: counts.append(len(output))
-        if isinstance(module, nn.Flatten)
-        else None
+        lambda module, inputs, output: (
+            counts.append(len(output)) if isinstance(module, nn.Flatten) else None
+        )
     )
     command = (*SHORT, "--checkpoint", start, "--epochs", 0, "--out", tmp_path)
     try:
@@ -218,16 +232,17 @@ def test_a_long_pass_shows_its_progress(monkeypatch, capsys):
     monkeypatch.setattr(finetune.time, "monotonic", lambda: next(now))
     batches = [(torch.zeros(8, 3), torch.zeros(8))] * 4
     assert list(finetune.show_progress(batches, "features (train)")) == batches
-    lines = ["features (train)  2 of 4 batches, 1 images/s", "features (train)  4 of 4 batches, 1 images/s"]
+    lines = [
+        "features (train)  2 of 4 batches, 1 images/s",
+        "features (train)  4 of 4 batches, 1 images/s",
+    ]
     assert capsys.readouterr().out.splitlines() == lines
 
 
 # -------------------------------------------------------------------------------------------- a run
 
 
-def test_each_stage_has_all_its_epochs_and_best_is_kept(
-    start, tmp_path, call, monkeypatch, epochs
-):
+def test_each_stage_has_all_its_epochs_and_best_is_kept(start, tmp_path, call, monkeypatch, epochs):
     # The best score is that of the second epoch, and of the third.
     scores, first_weights = iter([0.5, 0.6, 0.6, 0.4, *[0.5, 0.3, 0.5]]), []
     layer_groups = finetune.layer_groups
@@ -264,7 +279,10 @@ def test_a_run_has_one_history_and_the_same_command_gives_the_same_bytes(
     assert rows == [("classifier", "1"), ("classifier", "2"), ("blocks", "3"), ("blocks", "4")]
     best, lines = tmp_path / "best.pt", out.splitlines()
     assert lines[0] == f"digits: 10 classes, on cpu; from {start}"
-    assert lines[-1] == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
+    assert (
+        lines[-1]
+        == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
+    )
     checkpoint = load_checkpoint(best)[1]
     assert checkpoint["classes"] == list("0123456789")
     assert checkpoint["preprocessing"] == data.SMALL | {"image_size": 16}

@@ -45,9 +45,15 @@ WRONG = {
     "a block too many": ("56 layers with weights, expected 53", ("(6, 64, 4, 2)", "(6, 64, 5, 2)")),
     "three fully connected layers": (
         "3 linear layers, expected one",
-        (CLASSIFIER, "self.classifier = nn.Sequential(nn.Linear(1280, 64), nn.Linear(64, 64), nn.Linear(64, num_classes))"),
+        (
+            CLASSIFIER,
+            "self.classifier = nn.Sequential(nn.Linear(1280, 64), nn.Linear(64, 64), nn.Linear(64, num_classes))",
+        ),
     ),
-    "no head": ("the head is missing: after the blocks, row 9", (HEAD, "self.head, head_channels = nn.Identity(), channels")),
+    "no head": (
+        "the head is missing: after the blocks, row 9",
+        (HEAD, "self.head, head_channels = nn.Identity(), channels"),
+    ),
     "expansion on the first block": (
         "the first block begins with a 1×1 convolution to 32 .*convention",
         (EXPAND, "convolution(in_channels, wide, 1)"),
@@ -58,7 +64,10 @@ WRONG = {
     ),
     "a shortcut with a convolution": (
         "a shortcut with a convolution",
-        (PROJECT, PROJECT + "\n        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride)"),
+        (
+            PROJECT,
+            PROJECT + "\n        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride)",
+        ),
         (SHORTCUT, "return self.shortcut(x) + out"),
     ),
     "average before the head": (
@@ -78,9 +87,15 @@ WRONG = {
         "expansion: from 16 to 144",
         ("wide = in_channels *", "wide = (out_channels if expansion > 1 else in_channels) *"),
     ),
-    "another c": ("from 144 to 40 channels, expected from 144 to 32", ("(6, 32, 3, 2)", "(6, 40, 3, 2)")),
+    "another c": (
+        "from 144 to 40 channels, expected from 144 to 32",
+        ("(6, 32, 3, 2)", "(6, 40, 3, 2)"),
+    ),
     "dense for depthwise": ("groups=1, expected groups=32", (", groups=wide)", ")")),
-    "5 × 5 filters": ("a kernel of 5 × 5, expected 3 × 3", (DEPTHWISE, DEPTHWISE.replace("3,", "5,"))),
+    "5 × 5 filters": (
+        "a kernel of 5 × 5, expected 3 × 3",
+        (DEPTHWISE, DEPTHWISE.replace("3,", "5,")),
+    ),
     "stride in the expansion": (
         "expansion: stride 2, expected 1",
         (EXPAND, "nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1, stride)"),
@@ -103,14 +118,26 @@ WRONG = {
         "row 1 .the stem.*: stride 1, expected 2",
         ("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)"),
     ),
-    "no padding": (r"student.py, line \d+ .*: RuntimeError: .*padding=1", ("kernel_size // 2", "0")),
-    "padding of 1 everywhere": (r"student.py, line \d+ .*: RuntimeError: .*padding=1", ("kernel_size // 2", "1")),
+    "no padding": (
+        r"student.py, line \d+ .*: RuntimeError: .*padding=1",
+        ("kernel_size // 2", "0"),
+    ),
+    "padding of 1 everywhere": (
+        r"student.py, line \d+ .*: RuntimeError: .*padding=1",
+        ("kernel_size // 2", "1"),
+    ),
     "no padding in the stem": (
         "row 1 .*: gives 31 × 31 pixels for an image of 64, expected 32 × 32",
         ("kernel_size // 2", "kernel_size // 2 * (in_channels > 3)"),
     ),
-    "bias left on": ("has a bias, expected bias=False. .*convention", ('"bias": False', '"bias": True')),
-    "no BatchNorm": ("row 1 .* nn.BatchNorm2d, .* does not follow directly", (NORM, "layers.norm = nn.Identity()")),
+    "bias left on": (
+        "has a bias, expected bias=False. .*convention",
+        ('"bias": False', '"bias": True'),
+    ),
+    "no BatchNorm": (
+        "row 1 .* nn.BatchNorm2d, .* does not follow directly",
+        (NORM, "layers.norm = nn.Identity()"),
+    ),
     "BatchNorm after the activation": (
         "row 1 .* nn.BatchNorm2d, .* does not follow directly",
         ("return layers", "return nn.Sequential(*layers[::2], *layers[1:2])"),
@@ -119,18 +146,27 @@ WRONG = {
         "row 1 .* nn.BatchNorm2d, .* does not follow directly",
         (NORM, "layers.norm = nn.GroupNorm(8, out_channels)"),
     ),
-    "ReLU6 after the projection": ("projection: is followed by ReLU6, expected no activation", (", activation=False)", ")")),
+    "ReLU6 after the projection": (
+        "projection: is followed by ReLU6, expected no activation",
+        (", activation=False)", ")"),
+    ),
     "ReLU for ReLU6": ("is followed by ReLU, expected ReLU6", ("nn.ReLU6(", "nn.ReLU(")),
     "SiLU for ReLU6": (r"is followed by SiLU \(Swish\), expected ReLU6", ("nn.ReLU6(", "nn.SiLU(")),
     "no activation behind the depthwise convolution": (
         "depthwise convolution: is followed by no activation",
         (DEPTHWISE, DEPTHWISE.replace("groups=wide", "groups=wide, activation=False")),
     ),
-    "no activation in the head": ("head.*: is followed by no activation", (HEAD, HEAD.replace("1)", "1, activation=False)"))),
+    "no activation in the head": (
+        "head.*: is followed by no activation",
+        (HEAD, HEAD.replace("1)", "1, activation=False)")),
+    ),
     "no shortcuts": ("the input is not added to the output", (SHORTCUT, "return out")),
     "shortcuts between the wide ends, too": (
         "depthwise convolution: is followed by something else, expected ReLU6",
-        ("out = self.depthwise(out)", "out = out + self.depthwise(out) if self.use_residual else self.depthwise(out)"),
+        (
+            "out = self.depthwise(out)",
+            "out = out + self.depthwise(out) if self.use_residual else self.depthwise(out)",
+        ),
     ),
     "ReLU6 after the addition": (
         "ReLU6 follows the addition",
@@ -164,16 +200,28 @@ WRONG = {
         (HEAD, "self.list = [convolution(channels, head_channels, 1)]"),
         ("x = self.head(x)", "x = self.list[0](x)"),
     ),
-    "a temperature": ("^the classifier is followed by something else", (FORWARD, FORWARD + " / 0.1")),
-    "a squeeze that takes the batch": (r"one image gives \(1000,\), expected \(1, 1000\)", (FORWARD, FORWARD + ".squeeze()")),
+    "a temperature": (
+        "^the classifier is followed by something else",
+        (FORWARD, FORWARD + " / 0.1"),
+    ),
+    "a squeeze that takes the batch": (
+        r"one image gives \(1000,\), expected \(1, 1000\)",
+        (FORWARD, FORWARD + ".squeeze()"),
+    ),
     "a number of classes of its own": (
         r"num_classes=7 gives \(2, 1000\)",
         (CLASSIFIER, CLASSIFIER.replace("num_classes", "1000")),
     ),
     "a tuple": ("forward returns tuple, .*return the logits alone", (FORWARD, FORWARD + ", x")),
-    "nothing returned": ("forward returns NoneType, .*is a return missing", (FORWARD, FORWARD.replace("return ", ""))),
+    "nothing returned": (
+        "forward returns NoneType, .*is a return missing",
+        (FORWARD, FORWARD.replace("return ", "")),
+    ),
     "not a number": ("some logits are NaN", (FORWARD, FORWARD + " * float('nan')")),
-    "an image that is normalised inside": ("the image is changed in front", ("x = self.stem(x)", "x = self.stem(x / 255)")),
+    "an image that is normalised inside": (
+        "the image is changed in front",
+        ("x = self.stem(x)", "x = self.stem(x / 255)"),
+    ),
     "a pooling behind the stem": (
         "row 2 .*: gives 16 × 16 pixels for an image of 64, expected 32",
         ("x = self.stem(x)", "x = nn.functional.max_pool2d(self.stem(x), 2)"),
@@ -187,7 +235,10 @@ WRONG = {
     "sum for average": ("the classifier takes the sum", (POOLING, "return x.sum(dim=(2, 3))")),
     "a shortcut wherever the stride is 1": (
         "a shortcut is only where the channels agree",
-        ("self.use_residual = stride == 1 and in_channels == out_channels", "self.use_residual = stride == 1"),
+        (
+            "self.use_residual = stride == 1 and in_channels == out_channels",
+            "self.use_residual = stride == 1",
+        ),
     ),
     "a shortcut in training only": (
         "^row .*: the input is not added to the output",
@@ -199,10 +250,19 @@ WRONG = {
     ),
     "softmax in training": (
         "in training mode, the classifier is followed by softmax",
-        (FORWARD, "x = self.classifier(x)\n        return x.softmax(dim=1) if self.training else x"),
+        (
+            FORWARD,
+            "x = self.classifier(x)\n        return x.softmax(dim=1) if self.training else x",
+        ),
     ),
-    "BatchNorm that never learns": ("is the same after a batch in training mode", (NORM, NORM.replace(")", ", momentum=0.0)"))),
-    "the momentum of Keras": ("BatchNorm's momentum is 0.99", (NORM, NORM.replace(")", ", momentum=0.99)"))),
+    "BatchNorm that never learns": (
+        "is the same after a batch in training mode",
+        (NORM, NORM.replace(")", ", momentum=0.0)")),
+    ),
+    "the momentum of Keras": (
+        "BatchNorm's momentum is 0.99",
+        (NORM, NORM.replace(")", ", momentum=0.99)")),
+    ),
     "a classifier without bias": (
         "-1,000. The classifier's bias is missing. .*convention",
         (CLASSIFIER, CLASSIFIER.replace("classes)", "classes, bias=False)")),
@@ -219,17 +279,26 @@ WRONG = {
             "out = self.depthwise(out)\n        out = out * self.gate(out.mean((2, 3), keepdim=True)).sigmoid()",
         ),
     ),
-    "frozen weights": ("has requires_grad=False", ("self.apply(initialise)", "self.apply(initialise).requires_grad_(False)")),
+    "frozen weights": (
+        "has requires_grad=False",
+        ("self.apply(initialise)", "self.apply(initialise).requires_grad_(False)"),
+    ),
     "a layer that nothing uses": (
         "parameters, expected 3,504,872",
         (CLASSIFIER, CLASSIFIER + "\n        self.second = nn.Linear(1280, 10)"),
     ),
-    "a detached backbone": ("'stem.conv.weight' gets no gradient", ("x = self.head(x)", "x = self.head(x.detach())")),
+    "a detached backbone": (
+        "'stem.conv.weight' gets no gradient",
+        ("x = self.head(x)", "x = self.head(x.detach())"),
+    ),
     "channels cut off, not rounded": (
         "width_mult=0.35, .*: from 3 to 11 channels, expected from 3 to 16",
         ("make_divisible(STEM_CHANNELS * width_mult)", "int(STEM_CHANNELS * width_mult)"),
     ),
-    "channels below 90%": ("width_mult=.* but not below 90%", ("if rounded >= 0.9 * value else rounded + divisor", "")),
+    "channels below 90%": (
+        "width_mult=.* but not below 90%",
+        ("if rounded >= 0.9 * value else rounded + divisor", ""),
+    ),
     "a narrow head": ("below 1.0 the head keeps 1280", ("max(1.0, width_mult)", "width_mult")),
     "a head that never grows": (
         "width_mult=1.4, .*: from 448 to 1280 channels",
@@ -277,7 +346,10 @@ WRONG = {
     ),
     "more memory than the grader allows": (
         r"student.py, line .*grader's limit .*: with this Linear the network has 1,0\d\d MB of weights",
-        (CLASSIFIER, "self.classifier = nn.Sequential(nn.Linear(62720, 4096), nn.Linear(4096, num_classes))"),
+        (
+            CLASSIFIER,
+            "self.classifier = nn.Sequential(nn.Linear(62720, 4096), nn.Linear(4096, num_classes))",
+        ),
         (POOLING, "return x.flatten(1)"),
     ),
     "BatchNorm that is never called": (
@@ -286,7 +358,10 @@ WRONG = {
     ),
     "BatchNorm built, but missing after the projection": (
         "projection: nn.BatchNorm2d, .* does not follow directly. 'blocks.0.norm' is built in __init__",
-        (PROJECT, "self.project, self.norm = nn.Conv2d(wide, out_channels, 1), nn.BatchNorm2d(out_channels)"),
+        (
+            PROJECT,
+            "self.project, self.norm = nn.Conv2d(wide, out_channels, 1), nn.BatchNorm2d(out_channels)",
+        ),
     ),
     "BatchNorm folded into the convolutions": (
         "row 1 .* does not follow directly. No BatchNorm runs .*is BatchNorm folded into them",
@@ -316,15 +391,24 @@ WRONG = {
     ),
     "channels rounded to whole numbers": (
         "width_mult=0.35, row 1 .*: from 3 to 11 channels, expected from 3 to 16: .* multiple of 8",
-        ("rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)", "return round(value)"),
+        (
+            "rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)",
+            "return round(value)",
+        ),
     ),
     "a width that does not fit": (
         "width_mult=0.35, forward fails for images of 64 × 64 pixels: student.py, line",
-        ("self.head = convolution(channels, head_channels, 1)", "self.head = convolution(320, head_channels, 1)"),
+        (
+            "self.head = convolution(channels, head_channels, 1)",
+            "self.head = convolution(320, head_channels, 1)",
+        ),
     ),
     "torchvision's network inside": (
         "uses torchvision's MobileNetV2; write all parts yourself",
-        ("self.apply(initialise)", "import torchvision\n        self.network = torchvision.models.MobileNetV2(num_classes)"),
+        (
+            "self.apply(initialise)",
+            "import torchvision\n        self.network = torchvision.models.MobileNetV2(num_classes)",
+        ),
     ),
 }
 
@@ -367,7 +451,11 @@ def score(submission):
             outcome, message = "failed", str(failure)
         except pytest.skip.Exception as skip:
             outcome, message = "skipped", str(skip)
-        found.add(next(mark.args[0] for mark in test.pytestmark if mark.name == "criterion"), outcome, message)
+        found.add(
+            next(mark.args[0] for mark in test.pytestmark if mark.name == "criterion"),
+            outcome,
+            message,
+        )
     return found
 
 
@@ -381,7 +469,10 @@ def patch(*changes):
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_network_fails_with_the_correct_message(fault, monkeypatch):
-    for name in ("kaiming_uniform_", "kaiming_normal_"):  # slow, and the grader randomises the weights that it finds
+    for name in (
+        "kaiming_uniform_",
+        "kaiming_normal_",
+    ):  # slow, and the grader randomises the weights that it finds
         monkeypatch.setattr(nn.init, name, lambda tensor, **_: tensor.detach().fill_(0.01))
     message, *changes = WRONG[fault]
     found = grade(load(patch(*changes)))
@@ -393,9 +484,19 @@ class Stage(nn.Sequential):
 
     def __init__(self, inside, outside, stride, expansion):
         wide = inside * expansion
-        layers = [nn.Conv2d(inside, wide, 1, bias=False), nn.BatchNorm2d(wide, eps=1e-3), Clamp()] if expansion > 1 else []
-        layers += [nn.Conv2d(wide, wide, 3, stride, 1, 1, wide, False), nn.BatchNorm2d(wide, eps=1e-3), Clamp()]
-        super().__init__(*layers, nn.Conv2d(wide, outside, 1, bias=False), nn.BatchNorm2d(outside, eps=1e-3))
+        layers = (
+            [nn.Conv2d(inside, wide, 1, bias=False), nn.BatchNorm2d(wide, eps=1e-3), Clamp()]
+            if expansion > 1
+            else []
+        )
+        layers += [
+            nn.Conv2d(wide, wide, 3, stride, 1, 1, wide, False),
+            nn.BatchNorm2d(wide, eps=1e-3),
+            Clamp(),
+        ]
+        super().__init__(
+            *layers, nn.Conv2d(wide, outside, 1, bias=False), nn.BatchNorm2d(outside, eps=1e-3)
+        )
         self.skip = stride == 1 and inside == outside
 
     def forward(self, x):
@@ -421,13 +522,19 @@ class MobileNetV2(nn.Module):
             return rounded if rounded >= 0.9 * channels * width_mult else rounded + 8
 
         last, wide = scaled(32), max(1280, scaled(1280))
-        self.first, self.first_norm = nn.Conv2d(3, last, 3, 2, 1, bias=False), nn.BatchNorm2d(last, eps=1e-3)
+        self.first, self.first_norm = (
+            nn.Conv2d(3, last, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(last, eps=1e-3),
+        )
         self.middle = nn.ModuleList()
         for t, c, n, s in TABLE_2:
             for i in range(n):
                 self.middle.append(Stage(last, scaled(c), s if i == 0 else 1, t))
                 last = scaled(c)
-        self.last, self.last_norm = nn.Conv2d(last, wide, 1, bias=False), nn.BatchNorm2d(wide, eps=1e-3)
+        self.last, self.last_norm = (
+            nn.Conv2d(last, wide, 1, bias=False),
+            nn.BatchNorm2d(wide, eps=1e-3),
+        )
         self.scores = nn.Conv2d(wide, num_classes, 1)
 
     def forward(self, x):
@@ -458,7 +565,11 @@ def statuses(submission):
 
 
 def test_independent_faults_cost_only_their_own_points():
-    changes = (", activation=False)", ")"), (SHORTCUT, "return out"), ('"bias": False', '"bias": True')
+    changes = (
+        (", activation=False)", ")"),
+        (SHORTCUT, "return out"),
+        ('"bias": False', '"bias": True'),
+    )
     found = statuses(load(patch(*changes)))
     assert [name for name in found if found[name] == "failed"] == [
         "normalisation", "linear bottleneck", "shortcut", "parameters and multiply-adds"]  # fmt: skip
@@ -479,7 +590,9 @@ def test_after_another_structure_the_rest_is_skipped():
 def test_a_network_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.setattr(grader, "TIME_LIMIT", 0.5)
     message = grade(load(patch((POOLING, "while True: pass"))))
-    assert re.search(r"student.py, line \d+ .*: the grader's limit .*: it takes more than 0.5 seconds", message), message
+    assert re.search(
+        r"student.py, line \d+ .*: the grader's limit .*: it takes more than 0.5 seconds", message
+    ), message
 
 
 NOISE = """
@@ -492,21 +605,46 @@ warnings.warn("noise")
 
 
 def command(path, *options):
-    return [sys.executable, "-m", "pytest", "tests/test_mobilenetv2.py", "--implementation", path, *options]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_mobilenetv2.py",
+        "--implementation",
+        path,
+        *options,
+    ]
 
 
 def test_the_command_grades_a_file_and_noise_does_not_hide_the_score(tmp_path):
     path = tmp_path / "student.py"
-    no_strides = [("for repeat in range(repeats):\n", "for repeat in range(repeats):\n                row_stride = 1\n")]
+    no_strides = [
+        (
+            "for repeat in range(repeats):\n",
+            "for repeat in range(repeats):\n                row_stride = 1\n",
+        )
+    ]
     no_strides += [("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)")]
-    noise = [("return self.classifier(x)", "print('noise'); warnings.warn('noise')\n        return self.classifier(x)")]
+    noise = [
+        (
+            "return self.classifier(x)",
+            "print('noise'); warnings.warn('noise')\n        return self.classifier(x)",
+        )
+    ]
     path.write_text(NOISE + patch(*no_strides, *noise), encoding="utf-8")
-    done = subprocess.run(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     output = done.stdout
     assert done.returncode == 1
     lines = output.splitlines()
-    assert [line.split()[-5:] for line in lines if line.startswith("strides  ")] == [["strides", "failed", "0", "/", "10"]]
-    assert "strides: these strides differ from Table 2: row 1 (the stem, conv2d 3×3): stride 1, expected 2;" in " ".join(lines)
+    assert [line.split()[-5:] for line in lines if line.startswith("strides  ")] == [
+        ["strides", "failed", "0", "/", "10"]
+    ]
+    assert (
+        "strides: these strides differ from Table 2: row 1 (the stem, conv2d 3×3): stride 1, expected 2;"
+        in " ".join(lines)
+    )
     assert "shortcut                      skipped    0 / 10   because of strides" in lines
     assert "total                                   20 / 100" in lines
     assert "noise" not in output and "Traceback" not in output and "FAILED" not in output
@@ -519,10 +657,18 @@ def test_the_exit_code_is_0_only_if_all_criteria_pass(tmp_path, monkeypatch, cap
     no_width = "\nclass MobileNetV2(MobileNetV2):\n    def __init__(self, categories=10):\n        super().__init__(categories)"
     for source, code, points, end in (
         (SOURCE, 0, "100 / 100", ""),
-        (SOURCE + no_width, 1, " 95 / 100", "Correct at width 1.0. The points of width are missing, so the exit code is 1."),
+        (
+            SOURCE + no_width,
+            1,
+            " 95 / 100",
+            "Correct at width 1.0. The points of width are missing, so the exit code is 1.",
+        ),
     ):
         (tmp_path / "student.py").write_text(source, encoding="utf-8")
-        assert pytest.main(command(tmp_path / "student.py", "-q", "-p", "no:cacheprovider")[3:]) == code
+        assert (
+            pytest.main(command(tmp_path / "student.py", "-q", "-p", "no:cacheprovider")[3:])
+            == code
+        )
         output = capsys.readouterr().out
         assert points in output and end in output
     assert "no width_mult; the parameters of MobileNetV2 are (categories=10)" in output
@@ -537,7 +683,9 @@ def test_the_exit_code_is_0_only_if_all_criteria_pass(tmp_path, monkeypatch, cap
      ("import torchvision\nclass MobileNetV2(torchvision.models.MobileNetV2): pass", "torchvision's class or a subclass"),
      ("\n1 / 0", "ZeroDivisionError, line 2"), ("exit(0)", "SystemExit, line 1.*__main__"), ("while True: pass", "the grader's limit, line 1: it takes more than 0.3 seconds")],
 )  # fmt: skip
-def test_a_file_that_cannot_be_graded_gives_an_error_of_one_line(tmp_path, text, message, monkeypatch):
+def test_a_file_that_cannot_be_graded_gives_an_error_of_one_line(
+    tmp_path, text, message, monkeypatch
+):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(grader, "TIME_LIMIT", 0.3)
     monkeypatch.chdir(tmp_path)
@@ -582,15 +730,26 @@ def fill(*names):
     source, solution = SKELETON, definitions(SOURCE)
     for name in names:
         source = source.replace(definitions(SKELETON)[name], solution[name])
-    return "\n\n".join([solution["STRIDES_DROPPED"], source, solution["initialise"]])  # the project's network uses both
+    return "\n\n".join(
+        [solution["STRIDES_DROPPED"], source, solution["initialise"]]
+    )  # the project's network uses both
 
 
 TASKS = {  # solved parts: pattern of the message
     (): "student.py, line .*TODO 1: write make_divisible",
     ("make_divisible",): "student.py, line .*TODO 2: write convolution",
     ("make_divisible", "convolution"): "student.py, line .*TODO 4: build the blocks",
-    ("make_divisible", "convolution", "MobileNetV2"): "student.py, line .*TODO 3: build the layers of a block",
-    ("make_divisible", "convolution", "MobileNetV2", "InvertedResidual"): "5 layers with weights, expected 53",
+    (
+        "make_divisible",
+        "convolution",
+        "MobileNetV2",
+    ): "student.py, line .*TODO 3: build the layers of a block",
+    (
+        "make_divisible",
+        "convolution",
+        "MobileNetV2",
+        "InvertedResidual",
+    ): "5 layers with weights, expected 53",
     ("make_divisible", "convolution", "MobileNetV2", "InvertedResidual", "BOTTLENECKS"): None,
 }
 
@@ -613,7 +772,9 @@ def test_the_skeleton_has_the_projects_signatures():
     skeleton, project = namespaces
     for name in ("make_divisible", "convolution", "InvertedResidual"):
         assert inspect.signature(skeleton[name]) == inspect.signature(project[name])
-    parameters = [list(inspect.signature(names["MobileNetV2"]).parameters.values()) for names in namespaces]
+    parameters = [
+        list(inspect.signature(names["MobileNetV2"]).parameters.values()) for names in namespaces
+    ]
     assert parameters[0] == parameters[1][:3]  # without output_stride, which is not the paper's
 
 
@@ -621,13 +782,23 @@ def test_the_skeleton_has_the_projects_signatures():
 def test_handouts_and_grader_name_the_same_criteria(name):
     text = (ASSIGNMENT / name).read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([a-z -]+) \| (\d+) \|", text, flags=re.MULTILINE)
-    assert {criterion: int(points) for criterion, points in rows if not criterion.isdigit()} == CRITERIA
+    assert {
+        criterion: int(points) for criterion, points in rows if not criterion.isdigit()
+    } == CRITERIA
     assert list(dict(rows)) == list(CRITERIA)
-    assert [int(task) for task in re.findall(r"^\| (\d) \|", text, flags=re.MULTILINE)] == [1, 2, 3, 4, 5]
+    assert [int(task) for task in re.findall(r"^\| (\d) \|", text, flags=re.MULTILINE)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     line = " ".join(["python", *command("docs/assignment/student.py")[1:]])
     assert re.findall(r"```bash\n(.*)\n```", text) == [line]
 
 
 def test_each_criterion_has_a_test():
-    assert {mark.args[0] for test, _ in runs() for mark in test.pytestmark if mark.name == "criterion"} == set(CRITERIA)
+    assert {
+        mark.args[0] for test, _ in runs() for mark in test.pytestmark if mark.name == "criterion"
+    } == set(CRITERIA)
     assert sum(CRITERIA.values()) == 100

@@ -19,7 +19,17 @@ import sys
 import pytest
 import torch
 import torchvision
-from grader import TABLE_2, WIDTH_NAMES, count_products, criterion, expect, expected_layers, randomise, reference, same
+from grader import (
+    TABLE_2,
+    WIDTH_NAMES,
+    count_products,
+    criterion,
+    expect,
+    expected_layers,
+    randomise,
+    reference,
+    same,
+)
 from torch import nn
 
 import mobilenetv2
@@ -41,7 +51,9 @@ PREPROCESSING = {"image_size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.2
 
 # The order of the tests is the order of causes: the message that a student reads first should explain the later failures.
 # Four rules are conventions of TensorFlow's and torchvision's code; the paper does not fix them.
-CONVENTION = "(This is a convention of TensorFlow's and torchvision's code; the paper does not fix it.)"
+CONVENTION = (
+    "(This is a convention of TensorFlow's and torchvision's code; the paper does not fix it.)"
+)
 MODES = pytest.mark.parametrize("training", (False, True), ids=("eval", "training"))
 
 
@@ -55,10 +67,18 @@ def in_mode(training):
 def explain_strides(layers):
     """Return the message about all strides that differ from Table 2's, or None."""
     wanted = expected_layers()
-    if len(layers) != len(wanted):  # layers are missing or superfluous: compare the 3×3 convolutions alone
-        layers, wanted = [[layer for layer in some if layer.kernel == (3, 3)] for some in (layers, wanted)]
+    if len(layers) != len(
+        wanted
+    ):  # layers are missing or superfluous: compare the 3×3 convolutions alone
+        layers, wanted = [
+            [layer for layer in some if layer.kernel == (3, 3)] for some in (layers, wanted)
+        ]
     pairs = list(zip(layers, wanted))
-    firsts = [(found.stride[0], e.name) for found, e in pairs if "block 1 " in e.name and "depthwise" in e.name]
+    firsts = [
+        (found.stride[0], e.name)
+        for found, e in pairs
+        if "block 1 " in e.name and "depthwise" in e.name
+    ]
     if [stride for stride, name in firsts if "c=64," in name or "c=96," in name] == [1, 2]:
         return (
             "the row of 64 channels has stride 1 and the row of 96 has stride 2, expected 2 and 1. This is the typo of"
@@ -180,7 +200,10 @@ def test_channels(submission):
 def test_depthwise_convolutions_of_3_by_3(submission):
     for found, expected in zip(submission.structure.layers, submission.expected(), strict=True):
         sizes = ["{} × {}".format(*layer.kernel) for layer in (found, expected)]
-        expect(sizes[0] == sizes[1], f"{expected.name}: a kernel of {sizes[0]}, expected {sizes[1]} (Table 1).")
+        expect(
+            sizes[0] == sizes[1],
+            f"{expected.name}: a kernel of {sizes[0]}, expected {sizes[1]} (Table 1).",
+        )
         expect(
             set(found.dilation) == {1},
             f"{expected.name}: dilation={found.dilation[0]}, expected dilation=1: a kernel covers neighbouring pixels.",
@@ -208,7 +231,10 @@ def test_sizes(submission):
         "the head works on averages. Table 2 has first the 1×1 convolution to 1280 channels, then the 7×7 average; in"
         " the other order the head's ReLU6 sees only averages.",
     )
-    expect(classifier.size == 1, "the classifier works on feature maps, expected on their average (Table 2: avgpool first).")
+    expect(
+        classifier.size == 1,
+        "the classifier works on feature maps, expected on their average (Table 2: avgpool first).",
+    )
     for found, wanted in zip(layers, expected, strict=True):
         expect(
             found.size == wanted.size,
@@ -240,7 +266,9 @@ def test_logits_are_finite(submission):
 @criterion("layers", stops=True)
 def test_pytorch_knows_all_weights(submission):
     known = {parameter.data_ptr() for parameter in submission.network.parameters()}
-    strangers = [layer for layer in submission.record().layers if layer.weight.data_ptr() not in known]
+    strangers = [
+        layer for layer in submission.record().layers if layer.weight.data_ptr() not in known
+    ]
     expect(
         not strangers,
         f"the weights of {len(strangers)} of {len(submission.record().layers)} layers are not among network.parameters():"
@@ -268,7 +296,11 @@ def test_global_average_pooling_behind_the_head(submission):
         "the sum": lambda maps: maps.sum(dim=(2, 3)),
     }
     side = pairs[-2][0].size
-    way = None if same(head.mean(dim=(2, 3)), pooled) else next((n for n, f in ways.items() if same(f(head), pooled)), None)
+    way = (
+        None
+        if same(head.mean(dim=(2, 3)), pooled)
+        else next((n for n, f in ways.items() if same(f(head), pooled)), None)
+    )
     expect(
         way is None,  # another activation is reported by its own test
         f"of the {side} × {side} places in the head's feature maps the classifier takes {way}, expected their average"
@@ -281,7 +313,11 @@ def test_global_average_pooling_behind_the_head(submission):
 
 def never_called(submission):
     """Return names of BatchNorm layers that are built but never run."""
-    called = {norm.running_mean.data_ptr() for norm in submission.record().norms if norm.running_mean is not None}
+    called = {
+        norm.running_mean.data_ptr()
+        for norm in submission.record().norms
+        if norm.running_mean is not None
+    }
     modules = submission.network.named_modules()
     return [name for name, module in modules if isinstance(module, nn.BatchNorm2d)
             and module.running_mean is not None and module.running_mean.data_ptr() not in called]  # fmt: skip
@@ -304,7 +340,9 @@ def test_batch_norm_behind_every_convolution(submission):
             " 'We use batch normalization after every layer'."
             f" {CONVENTION.replace('This', 'Its place, before the activation,')}",
         )
-    expect(not idle, f"'{idle[0] if idle else ''}' is built in __init__, but forward never calls it.")
+    expect(
+        not idle, f"'{idle[0] if idle else ''}' is built in __init__, but forward never calls it."
+    )
     expect(
         len(norms) == len(pairs),
         f"{len(norms)} BatchNorm layers run, expected {len(pairs)}: one behind every convolution, and no other.",
@@ -339,7 +377,10 @@ ACTIVATIONS = {
 
 def name_fit(functions, before, after):
     """Return the first of the named functions that turns `before` into `after`."""
-    return next((name for name, function in functions.items() if same(function(before), after)), "something else")
+    return next(
+        (name for name, function in functions.items() if same(function(before), after)),
+        "something else",
+    )
 
 
 def normalised_pairs(submission, training):
@@ -371,8 +412,14 @@ def test_relu6_behind_all_convolutions_but_the_projection(submission, training):
         late in ("no activation", "something else"),
         f"{in_mode(training)}{expected.name}: {late} follows the pooling, expected ReLU6 directly behind the head's BatchNorm.",
     )
-    fits = [name for name, function in ACTIVATIONS.items() if same(function(head.output()).mean(dim=(2, 3)), pooled)]
-    expect_relu6((fits or ["ReLU6"])[0], expected, training)  # without a fit, another pooling is the fault
+    fits = [
+        name
+        for name, function in ACTIVATIONS.items()
+        if same(function(head.output()).mean(dim=(2, 3)), pooled)
+    ]
+    expect_relu6(
+        (fits or ["ReLU6"])[0], expected, training
+    )  # without a fit, another pooling is the fault
 
 
 @criterion("activation")
@@ -380,16 +427,24 @@ def test_relu6_behind_all_convolutions_but_the_projection(submission, training):
 def test_the_network_ends_in_logits(submission, training):
     classifier, logits = submission.pairs(training)[-1][0], submission.record(training).logits
     found = classifier.given.flatten(1)
-    if classifier.linear and classifier.bias is None:  # a bias that is added separately is the same for each image
+    if (
+        classifier.linear and classifier.bias is None
+    ):  # a bias that is added separately is the same for each image
         found = found + (logits - found)[:1]
-    softmaxes = {"softmax": lambda x: x.softmax(dim=1), "log-softmax": lambda x: x.log_softmax(dim=1)}
+    softmaxes = {
+        "softmax": lambda x: x.softmax(dim=1),
+        "log-softmax": lambda x: x.log_softmax(dim=1),
+    }
     way = name_fit(ACTIVATIONS | softmaxes, found, logits)
     why = {
         "softmax": ": nn.functional.cross_entropy applies the softmax itself; applied twice, the gradients nearly vanish",
         "log-softmax": ": it is redundant, because nn.functional.cross_entropy applies it itself; applied twice, the gradients are"
         " the same, but the output is not the logits",
     }
-    expect(way == "no activation", f"{in_mode(training)}the classifier is followed by {way}, expected nothing{why.get(way, '')}.")
+    expect(
+        way == "no activation",
+        f"{in_mode(training)}the classifier is followed by {way}, expected nothing{why.get(way, '')}.",
+    )
 
 
 # --------------------------------------------------------------------------------- linear bottleneck and shortcut
@@ -400,8 +455,13 @@ def block_ends(pairs):
     first, ends = 1, []
     for index, (found, expected) in enumerate(pairs):
         if "projection" in expected.name:
-            agree = pairs[index - 1][1].stride == (1, 1) and pairs[first][1].in_channels == expected.out_channels
-            explained = explain_block(pairs[first][0].taken, found.output(), pairs[index + 1][0].taken)
+            agree = (
+                pairs[index - 1][1].stride == (1, 1)
+                and pairs[first][1].in_channels == expected.out_channels
+            )
+            explained = explain_block(
+                pairs[first][0].taken, found.output(), pairs[index + 1][0].taken
+            )
             ends.append((expected.name.removesuffix(", projection"), agree, *explained))
             first = index + 1
     return ends
@@ -437,9 +497,18 @@ def test_shortcuts_between_the_bottlenecks(submission, training):
     why = "§3.3, Figure 4d: the input is added to the projection where the stride is 1 and the channels agree: in ten blocks."
     for block, agree, name, how in block_ends(normalised_pairs(submission, training)):
         block = in_mode(training) + block
-        expect(how != "before", f"{block}: {name} follows the addition, expected nothing (ResNet has it). {why}")
-        expect(name != "something else", f"{block}: gives neither its projection nor the sum of projection and input. {why}")
-        expect(not agree or how != "alone", f"{block}: the input is not added to the output, expected a shortcut. {why}")
+        expect(
+            how != "before",
+            f"{block}: {name} follows the addition, expected nothing (ResNet has it). {why}",
+        )
+        expect(
+            name != "something else",
+            f"{block}: gives neither its projection nor the sum of projection and input. {why}",
+        )
+        expect(
+            not agree or how != "alone",
+            f"{block}: the input is not added to the output, expected a shortcut. {why}",
+        )
         expect(agree or how == "alone", f"{block}: has a shortcut, expected none. {why}")
 
 
@@ -458,12 +527,21 @@ def test_eval_mode_gives_each_image_its_logits(submission):
         fix = "pass training=self.training to functional.dropout, or use nn.Dropout."
         if dropout.module is not None:
             fix = "nn.Dropout is made inside forward, so it is always in training mode; make it once, in __init__."
-        expect(False, f"dropout is active in eval mode ({dropout.line}), so the same image gives other logits each time: {fix}")
+        expect(
+            False,
+            f"dropout is active in eval mode ({dropout.line}), so the same image gives other logits each time: {fix}",
+        )
     images = record.images
     with torch.no_grad():
         again, alone = submission.forward(images.clone()), submission.forward(images[:1].clone())
-    expect(torch.equal(submission.forward(images.clone()), again), "in eval mode the same image gives other logits each time.")
-    expect(same(again[0], alone.flatten()), "in eval mode an image gives other logits in another batch.")
+    expect(
+        torch.equal(submission.forward(images.clone()), again),
+        "in eval mode the same image gives other logits each time.",
+    )
+    expect(
+        same(again[0], alone.flatten()),
+        "in eval mode an image gives other logits in another batch.",
+    )
 
 
 @criterion("training and eval mode")
@@ -472,10 +550,16 @@ def test_dropout_is_in_front_of_the_classifier(submission):
     submission.pairs(training=True)
     for dropout in submission.record(training=True).dropouts:
         layer = expected[dropout.after - 1].name
-        place = f"behind the BatchNorm of {layer}" if dropout.behind_norm else f"behind the activation of {layer}"
+        place = (
+            f"behind the BatchNorm of {layer}"
+            if dropout.behind_norm
+            else f"behind the activation of {layer}"
+        )
         if dropout.behind_norm and "projection" not in layer:
             place = f"between BatchNorm and activation of {layer}"
-        place = {len(expected): "behind the classifier", 0: "in front of the stem"}.get(dropout.after, place)
+        place = {len(expected): "behind the classifier", 0: "in front of the stem"}.get(
+            dropout.after, place
+        )
         expect(
             dropout.after == len(expected) - 1 and not dropout.behind_norm,
             f"dropout is {place} ({dropout.line}), expected only in front of the classifier, as in torchvision's code.",
@@ -486,14 +570,22 @@ def test_dropout_is_in_front_of_the_classifier(submission):
 def test_training_gathers_statistics(submission):
     record = submission.record(training=True)
     idle = never_called(submission)  # reported by the test of BatchNorm
-    still = [name for name in record.buffers if name not in record.changed and name.rpartition(".")[0] not in idle]
+    still = [
+        name
+        for name in record.buffers
+        if name not in record.changed and name.rpartition(".")[0] not in idle
+    ]
     expect(
         not still,
         f"'{still[0] if still else ''}' is the same after a batch in training mode: BatchNorm must update its running"
         " statistics there (functional.batch_norm needs training=self.training, and your own train() must call"
         " super().train()).",
     )
-    momenta = [layer.momentum or 0 for layer in submission.network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    momenta = [
+        layer.momentum or 0
+        for layer in submission.network.modules()
+        if isinstance(layer, nn.BatchNorm2d)
+    ]
     expect(
         max(momenta, default=0) <= 0.5,
         f"BatchNorm's momentum is {max(momenta, default=0)}: in PyTorch that is the weight of the new batch, in Keras of"
@@ -525,14 +617,20 @@ def test_parameters_and_multiply_adds(submission):
     more = "Does forward use all of them? Trainable are weights, BatchNorm's scale and shift, and the classifier's bias."
     fewer = "Do several blocks share one object, and so share their weights?"
     surplus = parameters - 3_504_872
-    why = {-1_000: f"The classifier's bias is missing. {CONVENTION}", 17_056: "The 52 convolutions have biases."}
+    why = {
+        -1_000: f"The classifier's bias is missing. {CONVENTION}",
+        17_056: "The 52 convolutions have biases.",
+    }
     expect(
         surplus == 0,
         f"{parameters:,} parameters, expected 3,504,872 (with BatchNorm's; 3,470,760 without them; Table 4 says 3.4M):"
         f" {surplus:+,}. {why.get(surplus, more if surplus > 0 else fewer)}",
     )
     macs = count_products(submission.record_structure(224).layers)
-    expect(macs == 300_774_272, f"{macs:,} multiply-adds at 224 pixels, expected 300,774,272 (Table 4: 300M).")
+    expect(
+        macs == 300_774_272,
+        f"{macs:,} multiply-adds at 224 pixels, expected 300,774,272 (Table 4: 300M).",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- gradients
@@ -543,15 +641,22 @@ def test_a_gradient_reaches_every_parameter(submission):
     record, network = submission.record(), submission.network
     used = {tensor.data_ptr() for tensor, _ in record.used}
     frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
-    expect(not frozen, f"'{frozen[0] if frozen else ''}' has requires_grad=False: a new network trains all its weights.")
+    expect(
+        not frozen,
+        f"'{frozen[0] if frozen else ''}' has requires_grad=False: a new network trains all its weights.",
+    )
     network.train()
     logits = submission.forward(torch.randn_like(record.images), note="in training mode, ")
-    expect(logits.requires_grad, "the logits have no gradient: a .detach(), .data or no_grad in forward cuts it.")
+    expect(
+        logits.requires_grad,
+        "the logits have no gradient: a .detach(), .data or no_grad in forward cuts it.",
+    )
     nn.functional.cross_entropy(logits, torch.arange(2)).backward()
     network.eval()
     for name, parameter in network.named_parameters():
         expect(
-            parameter.data_ptr() not in used or (parameter.grad is not None and parameter.grad.abs().sum() > 0),
+            parameter.data_ptr() not in used
+            or (parameter.grad is not None and parameter.grad.abs().sum() > 0),
             f"'{name}' gets no gradient: a .detach(), .data or no_grad stands between it and the logits.",
         )
 
@@ -573,8 +678,14 @@ def test_equal_weights_give_torchvisions_logits_and_gradients(submission, traini
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eps = 1e-5  # the paper does not fix it
-    known = {parameter.data_ptr(): (name, parameter) for name, parameter in network.named_parameters()}
-    parameters = [(*known[tensor.data_ptr()], layer) for tensor, layer in record.used if tensor.data_ptr() in known]
+    known = {
+        parameter.data_ptr(): (name, parameter) for name, parameter in network.named_parameters()
+    }
+    parameters = [
+        (*known[tensor.data_ptr()], layer)
+        for tensor, layer in record.used
+        if tensor.data_ptr() in known
+    ]
     network.train(training).zero_grad()
     images = theirs.images.clone().requires_grad_()
     logits = submission.forward(images.clone(), type(record)(record.size), note=in_mode(training))
@@ -589,12 +700,20 @@ def test_equal_weights_give_torchvisions_logits_and_gradients(submission, traini
         " not.",
     )
     image_gradient = torch.zeros_like(images) if images.grad is None else images.grad
-    found = [("the image", image_gradient, -1), *((f"'{name}'", parameter.grad, layer) for name, parameter, layer in parameters)]
+    found = [
+        ("the image", image_gradient, -1),
+        *((f"'{name}'", parameter.grad, layer) for name, parameter, layer in parameters),
+    ]
     # BatchNorm subtracts what the shift of the layer before adds: such a gradient is zero, or only a rounding error.
     least = 1e-4 * max(gradient.norm() for gradient in gradients)
-    errors = [relative(one - other.reshape(one.shape), other, least) for (_, one, _), other in zip(found, gradients, strict=True)]
+    errors = [
+        relative(one - other.reshape(one.shape), other, least)
+        for (_, one, _), other in zip(found, gradients, strict=True)
+    ]
     faults = [index for index, error in enumerate(errors) if error > 0.01]
-    if faults:  # gradients flow from the last layer to the first: the last fault is nearest to its cause
+    if (
+        faults
+    ):  # gradients flow from the last layer to the first: the last fault is nearest to its cause
         name, gradient, layer = found[faults[-1]]
         expect(False, f"{in_mode(training)}the gradient of {name} differs from torchvision's by {errors[faults[-1]]:.0%}. "
                       f"{explain_gradient(theirs, training, faults[-1], gradient, layer)}")  # fmt: skip
@@ -631,7 +750,10 @@ def test_width_multiplier(submission, width):
     note = f"width_mult={width}, "
     layers = submission.record_structure(submission.structure.size, network, note).layers
     wanted = submission.expected(width)
-    expect(len(layers) == len(wanted), f"{note}{len(layers)} layers with weights run, expected {len(wanted)}.")
+    expect(
+        len(layers) == len(wanted),
+        f"{note}{len(layers)} layers with weights run, expected {len(wanted)}.",
+    )
     for found, expected in zip(layers, wanted, strict=True):
         channels, wanted = [(layer.in_channels, layer.out_channels) for layer in (found, expected)]
         why = f"multiply channels by {width}, then round to the nearest multiple of 8, but not below 90%, as in TensorFlow's code"
@@ -672,7 +794,9 @@ def test_logits_and_gradients_equal_torchvision_bit_for_bit(width):
         outputs[-1].square().mean().backward()
     assert torch.equal(*outputs)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    ours_gradients = to_torchvision({name: parameter.grad for name, parameter in ours.named_parameters()})
+    ours_gradients = to_torchvision(
+        {name: parameter.grad for name, parameter in ours.named_parameters()}
+    )
     assert list(gradients) == list(ours_gradients)
     assert all(torch.equal(gradients[name], ours_gradients[name]) for name in gradients)
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
@@ -701,7 +825,9 @@ def test_renaming_to_ours_and_back_changes_no_byte(width):
 
 
 def test_unknown_weight_name_is_refused():
-    with pytest.raises(CheckpointError, match="'layer1.0.conv1.weight' is not a weight of MobileNetV2"):
+    with pytest.raises(
+        CheckpointError, match="'layer1.0.conv1.weight' is not a weight of MobileNetV2"
+    ):
         from_torchvision({"layer1.0.conv1.weight": torch.zeros(1)})
 
 
@@ -719,10 +845,22 @@ def test_initial_weights_equal_torchvision_bit_for_bit():
 PUBLISHED = [
     (1.4, 224, 582, 6.06),
     (1.3, 224, 509, 5.34),
-    *[(1.0, size, macs, 3.47) for size, macs in zip((224, 192, 160, 128, 96), (300, 221, 154, 99, 56), strict=True)],
-    *[(0.75, size, macs, 2.61) for size, macs in zip((224, 192, 160, 128, 96), (209, 153, 107, 69, 39), strict=True)],
-    *[(0.5, size, macs, 1.95) for size, macs in zip((224, 192, 160, 128, 96), (97, 71, 50, 32, 18), strict=True)],
-    *[(0.35, size, macs, 1.66) for size, macs in zip((224, 192, 160, 128, 96), (59, 43, 30, 20, 11), strict=True)],
+    *[
+        (1.0, size, macs, 3.47)
+        for size, macs in zip((224, 192, 160, 128, 96), (300, 221, 154, 99, 56), strict=True)
+    ],
+    *[
+        (0.75, size, macs, 2.61)
+        for size, macs in zip((224, 192, 160, 128, 96), (209, 153, 107, 69, 39), strict=True)
+    ],
+    *[
+        (0.5, size, macs, 1.95)
+        for size, macs in zip((224, 192, 160, 128, 96), (97, 71, 50, 32, 18), strict=True)
+    ],
+    *[
+        (0.35, size, macs, 1.66)
+        for size, macs in zip((224, 192, 160, 128, 96), (59, 43, 30, 20, 11), strict=True)
+    ],
 ]
 
 
@@ -745,7 +883,15 @@ def test_exact_costs():
 
 
 def test_make_divisible():
-    assert [make_divisible(value) for value in (8, 11.2, 12, 20, 22.4, 33.6, 1280)] == [8, 16, 16, 24, 24, 32, 1280]
+    assert [make_divisible(value) for value in (8, 11.2, 12, 20, 22.4, 33.6, 1280)] == [
+        8,
+        16,
+        16,
+        24,
+        24,
+        32,
+        1280,
+    ]
     for value in torch.arange(8, 2000, 0.7).tolist():
         assert make_divisible(value) % 8 == 0
         assert make_divisible(value) >= 0.9 * value
@@ -785,14 +931,19 @@ def test_shapes_after_every_row(output_stride, size, sides):
 
 
 def test_weights_have_the_same_shapes_at_every_output_stride():
-    shapes = [{k: v.shape for k, v in MobileNetV2(output_stride=s).state_dict().items()} for s in (32, 16, 8)]
+    shapes = [
+        {k: v.shape for k, v in MobileNetV2(output_stride=s).state_dict().items()}
+        for s in (32, 16, 8)
+    ]
     assert shapes[0] == shapes[1] == shapes[2]
 
 
 def test_block_with_zero_projection_is_the_identity():
     for block in MobileNetV2().eval().blocks:
         nn.init.zeros_(block.project.conv.weight)
-        channels = (block.expand.conv if isinstance(block.expand, nn.Sequential) else block.depthwise.conv).in_channels
+        channels = (
+            block.expand.conv if isinstance(block.expand, nn.Sequential) else block.depthwise.conv
+        ).in_channels
         x = torch.randn(1, channels, 8, 8)
         expected = x if block.use_residual else torch.zeros_like(block(x))
         assert torch.equal(block(x), expected)
@@ -810,7 +961,13 @@ def test_dropout_is_random_in_training_mode_only():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"num_classes": 0}, {"width_mult": 0}, {"width_mult": float("nan")}, {"output_stride": 4}, {"dropout": 1.5}],
+    [
+        {"num_classes": 0},
+        {"width_mult": 0},
+        {"width_mult": float("nan")},
+        {"output_stride": 4},
+        {"dropout": 1.5},
+    ],
 )
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError):
@@ -822,13 +979,50 @@ def test_script_prints_table_2_with_measured_numbers(monkeypatch, capsys):
     mobilenetv2.main()
     lines = capsys.readouterr().out.splitlines()
     # by hand for the third row: 8·48·80² + 9·48·40² + 48·16·40², then 16·96·40² + 9·96·40² + 96·16·40²
-    assert lines[1].split() == ["conv2d", "3×3", "3×160×160", "16×80×80", "-", "16", "1", "2", "464", "2,764,800"]
-    assert lines[3].split() == ["bottleneck", "8×80×80", "16×40×40", "6", "16", "2", "2", "6,160", "10,675,200"]
-    assert [line.split()[-3] for line in lines[1:10]] == ["2", "1", "2", "2", "2", "1", "2", "1", "1"]  # s
-    assert lines[11].split() == ["total", "1,968,680", f"{count_macs(MobileNetV2(width_mult=0.5), 160):,}"]
+    assert lines[1].split() == [
+        "conv2d",
+        "3×3",
+        "3×160×160",
+        "16×80×80",
+        "-",
+        "16",
+        "1",
+        "2",
+        "464",
+        "2,764,800",
+    ]
+    assert lines[3].split() == [
+        "bottleneck",
+        "8×80×80",
+        "16×40×40",
+        "6",
+        "16",
+        "2",
+        "2",
+        "6,160",
+        "10,675,200",
+    ]
+    assert [line.split()[-3] for line in lines[1:10]] == [
+        "2",
+        "1",
+        "2",
+        "2",
+        "2",
+        "1",
+        "2",
+        "1",
+        "1",
+    ]  # s
+    assert lines[11].split() == [
+        "total",
+        "1,968,680",
+        f"{count_macs(MobileNetV2(width_mult=0.5), 160):,}",
+    ]
 
 
-@pytest.mark.parametrize("option", (["--width", "-1"], ["--image-size", "0"], ["--output-stride", "7"]))
+@pytest.mark.parametrize(
+    "option", (["--width", "-1"], ["--image-size", "0"], ["--output-stride", "7"])
+)
 def test_script_refuses_bad_options_in_one_line(option, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mobilenetv2.py", *option])
     with pytest.raises(SystemExit) as stop:
@@ -839,7 +1033,14 @@ def test_script_refuses_bad_options_in_one_line(option, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-ROW = {"epoch": 1, "stage": "scratch", "train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": 0.5}
+ROW = {
+    "epoch": 1,
+    "stage": "scratch",
+    "train_loss": 1.0,
+    "train_top1": 0.5,
+    "val_loss": 1.0,
+    "val_top1": 0.5,
+}
 
 
 @pytest.fixture(scope="session")
@@ -863,10 +1064,14 @@ def test_checkpoint_restores_the_network_and_its_classes(checkpoint):
     model, contents = load_checkpoint(checkpoint)
     assert model.arch == {"num_classes": 3, "width_mult": 0.35, "dropout": 0.2, "output_stride": 8}
     assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
-    assert contents["classes"] == ["a", "b", "鬱金香"] and contents["preprocessing"] == PREPROCESSING
+    assert (
+        contents["classes"] == ["a", "b", "鬱金香"] and contents["preprocessing"] == PREPROCESSING
+    )
     assert contents["history"] == [ROW]
     again = checkpoint.with_name("again.pt")
-    save_checkpoint(again, model, contents["classes"], contents["preprocessing"], contents["history"])
+    save_checkpoint(
+        again, model, contents["classes"], contents["preprocessing"], contents["history"]
+    )
     assert again.read_bytes() == checkpoint.read_bytes()
 
 
@@ -893,7 +1098,9 @@ def test_files_are_never_written_through_a_link(tmp_path):
     (tmp_path / "other").write_bytes(b"other")
     (tmp_path / "new.tmp").symlink_to(tmp_path / "other")
     mobilenetv2.write_file(tmp_path / "new", b"new")
-    assert (tmp_path / "new").read_bytes() == b"new" and (tmp_path / "other").read_bytes() == b"other"
+    assert (tmp_path / "new").read_bytes() == b"new" and (
+        tmp_path / "other"
+    ).read_bytes() == b"other"
     assert sorted(os.listdir(tmp_path)) == ["new", "other"]
 
 
@@ -924,7 +1131,11 @@ class Hostile:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
-    "write", (lambda path: path.write_bytes(pickle.dumps(Hostile())), lambda path: torch.save(Hostile(), path))
+    "write",
+    (
+        lambda path: path.write_bytes(pickle.dumps(Hostile())),
+        lambda path: torch.save(Hostile(), path),
+    ),
 )
 def test_pickle_that_would_run_code_is_refused(write, tmp_path, capsys):
     write(tmp_path / "hostile.pt")
@@ -937,15 +1148,24 @@ def test_pickle_that_would_run_code_is_refused(write, tmp_path, capsys):
     [
         (lambda c: c["model"].pop("stem.conv.weight"), 'Missing key.*"stem.conv.weight"'),
         (lambda c: c["model"].update(extra=torch.zeros(1)), 'Unexpected key.*"extra"'),
-        (lambda c: c["model"].update({"stem.conv.weight": torch.zeros(2, 3)}), "size mismatch for stem.conv.weight"),
-        (lambda c: c["model"].update({"stem.conv.weight": 3}), '"stem.conv.weight", expected torch.Tensor'),
+        (
+            lambda c: c["model"].update({"stem.conv.weight": torch.zeros(2, 3)}),
+            "size mismatch for stem.conv.weight",
+        ),
+        (
+            lambda c: c["model"].update({"stem.conv.weight": 3}),
+            '"stem.conv.weight", expected torch.Tensor',
+        ),
         (lambda c: c["arch"].update(width_mult=1.0), "size mismatch for stem.conv.weight"),
         (lambda c: c["arch"].update(num_classes=10**12), "size mismatch"),  # not: not enough memory
         (lambda c: c["arch"].update(width_mult="many"), "'<=' not supported"),
         (lambda c: c["arch"].update(hidden=1), "unexpected keyword argument 'hidden'"),
         (lambda c: c.pop("model"), "'model'"),
         (lambda c: c.pop("arch"), "'arch'"),
-        *[(lambda c, part=part: c.pop(part), f"KeyError: '{part}'") for part in ("classes", "preprocessing", "history")],
+        *[
+            (lambda c, part=part: c.pop(part), f"KeyError: '{part}'")
+            for part in ("classes", "preprocessing", "history")
+        ],
         (lambda c: c["classes"].pop(), "2 names, 3 classes"),
     ],
 )
@@ -974,7 +1194,12 @@ def test_torchvision_file_gives_the_same_logits(width, tmp_path):
     assert torch.equal(model(images), theirs(images)) and contents["classes"] == []
     assert torch.equal(load_pretrained(path, num_classes=4)(images), theirs(images))
     fresh = load_pretrained(path, num_classes=9, output_stride=16)
-    assert fresh.arch == {"num_classes": 9, "width_mult": width, "dropout": 0.2, "output_stride": 16}
+    assert fresh.arch == {
+        "num_classes": 9,
+        "width_mult": width,
+        "dropout": 0.2,
+        "output_stride": 16,
+    }
     assert fresh(images).shape == (2, 9)
     assert torch.equal(fresh.head.conv.weight, theirs.features[18][0].weight)
 
@@ -986,7 +1211,9 @@ def test_another_number_of_classes_gives_a_new_classifier(checkpoint):
     assert load_pretrained(checkpoint, num_classes=5)(images).shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", ("features.5.conv.0.0.weight", "classifier.1.weight", "features.17.conv.3.bias"))
+@pytest.mark.parametrize(
+    "name", ("features.5.conv.0.0.weight", "classifier.1.weight", "features.17.conv.3.bias")
+)
 def test_incomplete_torchvision_file_is_refused(name, tmp_path):
     state_dict = torchvision.models.mobilenet_v2(num_classes=4).state_dict()
     del state_dict[name]
@@ -1001,7 +1228,9 @@ def imagenet(tmp_path, monkeypatch):
     path = tmp_path / "server" / "weights.pth"
     path.parent.mkdir()
     torch.save(torchvision.models.mobilenet_v2().state_dict(), path)
-    path = path.rename(path.with_name(f"mobilenet_v2-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"))
+    path = path.rename(
+        path.with_name(f"mobilenet_v2-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
+    )
     monkeypatch.setattr(mobilenetv2, "IMAGENET_URL", path.as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     return path
@@ -1010,8 +1239,10 @@ def imagenet(tmp_path, monkeypatch):
 def test_address_and_preprocessing_of_imagenet_weights_are_torchvisions():
     weights = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V2
     theirs, ours = weights.transforms(), mobilenetv2.IMAGENET_PREPROCESSING
-    assert mobilenetv2.IMAGENET_URL == weights.url
-    assert [ours["image_size"]] == theirs.crop_size and ours["crop"] == theirs.crop_size[0] / theirs.resize_size[0]
+    assert weights.url == mobilenetv2.IMAGENET_URL
+    assert [ours["image_size"]] == theirs.crop_size and ours["crop"] == theirs.crop_size[
+        0
+    ] / theirs.resize_size[0]
     assert (ours["mean"], ours["std"], ours["channels"]) == (theirs.mean, theirs.std, 3)
 
 
@@ -1030,14 +1261,18 @@ def test_imagenet_weights_are_downloaded_once(imagenet, tmp_path):
 
 def test_imagenet_weights_with_a_wrong_hash_are_deleted(imagenet, tmp_path):
     imagenet.write_bytes(imagenet.read_bytes() + b"!")
-    with pytest.raises(CheckpointError, match=r"cannot load 'imagenet' \(RuntimeError: invalid hash"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot load 'imagenet' \(RuntimeError: invalid hash"
+    ):
         load_pretrained("imagenet", num_classes=6)
     assert not list((tmp_path / "home" / "hub" / "checkpoints").iterdir())
 
 
 def test_error_without_a_network_names_address_and_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"download https://.*/mobilenet_v2-7ebf99e0.pth into '(.*)'$") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"download https://.*/mobilenet_v2-7ebf99e0.pth into '(.*)'$"
+    ) as caught:
         load_pretrained("imagenet", num_classes=6)
     assert f"'{tmp_path}/hub/checkpoints'" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -1056,4 +1291,6 @@ def test_half_precision_weights_become_float32(tmp_path):
     weights = torchvision.models.mobilenet_v2(num_classes=2, width_mult=0.35).state_dict()
     half = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
     torch.save(half, tmp_path / "half.pth")
-    assert load_checkpoint(tmp_path / "half.pth")[0](torch.randn(1, 3, 32, 32)).dtype == torch.float32
+    assert (
+        load_checkpoint(tmp_path / "half.pth")[0](torch.randn(1, 3, 32, 32)).dtype == torch.float32
+    )

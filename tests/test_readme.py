@@ -19,7 +19,10 @@ from mobilenetv2 import MobileNetV2, save_checkpoint
 sys.path.insert(0, str(ROOT / "experiments"))
 options = importlib.import_module("options")
 
-PAGES = {path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"))}
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"))
+}
 README, CHINESE = PAGES[ROOT / "README.md"], PAGES[ROOT / "README.zh-CN.md"]
 
 
@@ -35,12 +38,16 @@ def links(text):
 
 def sections(text):
     """Return the anchors of the headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE
+    )
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    (command,) = [code for _, code in code_blocks(README) if code.endswith("python -m pytest tests\n")]
+    (command,) = [
+        code for _, code in code_blocks(README) if code.endswith("python -m pytest tests\n")
+    ]
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines(keepends=True)
     assert "".join(lines[-1:]) == command and lines.index("rm -rf .venv\n") == len(lines) - 2
 
@@ -56,9 +63,7 @@ def test_every_file_and_section_that_a_page_points_to_exists(path):
     for link in links(PAGES[path]):
         name, _, section = link.partition("#")
         target = (path.parent / name).resolve() if name else path
-        if not link.startswith("https://") and not target.exists():
-            missing.append(link)
-        elif section and not name.startswith("https://") and section not in sections(PAGES[target]):
+        if not link.startswith("https://") and not target.exists() or section and not name.startswith("https://") and section not in sections(PAGES[target]):
             missing.append(link)
     assert missing == []
 
@@ -98,16 +103,22 @@ def test_scripts_have_the_options_of_all_commands():
     for path in sorted(ROOT.glob("*.py")):
         parsers[path.name] = options.find_parser(importlib.import_module(path.stem))
     for text in PAGES.values():
-        for command in re.findall(r"(?:python|torchrun [^`\n]*?) (\w+\.py[^`\n&;#]*)", text.replace("\\\n", " ")):
+        for command in re.findall(
+            r"(?:python|torchrun [^`\n]*?) (\w+\.py[^`\n&;#]*)", text.replace("\\\n", " ")
+        ):
             script, *words = shlex.split(command.rstrip(" ."))
             names = [word for word in words if word.startswith("--")]
             count += len(names)
-            unknown += [command for name in names if name not in parsers[script]._option_string_actions]
+            unknown += [
+                command for name in names if name not in parsers[script]._option_string_actions
+            ]
     assert unknown == [] and count > 60
 
 
 def test_minutes_to_read_are_those_of_15_lines_per_minute():
-    for name, minutes in re.findall(r"^\| \[`(\w+\.py)`\].* \| (\d+) \|$", README, flags=re.MULTILINE):
+    for name, minutes in re.findall(
+        r"^\| \[`(\w+\.py)`\].* \| (\d+) \|$", README, flags=re.MULTILINE
+    ):
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
         assert abs(int(minutes) - lines / 15) <= 4, name
 
@@ -115,13 +126,20 @@ def test_minutes_to_read_are_those_of_15_lines_per_minute():
 def test_pictures_are_readable_in_dark_mode():
     for path in ROOT.glob("docs/*.png"):
         with Image.open(path) as image:
-            corners = image.convert("RGBA").getpixel((0, 0)), image.convert("RGBA").getpixel((0, image.height - 1))
+            corners = (
+                image.convert("RGBA").getpixel((0, 0)),
+                image.convert("RGBA").getpixel((0, image.height - 1)),
+            )
         assert corners == ((255, 255, 255, 255),) * 2, path.name
 
 
 @pytest.mark.parametrize(
     "script, default",
-    [("finetune", "runs/train/best.pt"), ("evaluate", "runs/finetune/best.pt"), ("export", "runs/finetune/best.pt")],
+    [
+        ("finetune", "runs/train/best.pt"),
+        ("evaluate", "runs/finetune/best.pt"),
+        ("export", "runs/finetune/best.pt"),
+    ],
 )
 def test_each_script_takes_by_default_what_the_one_before_wrote(script, default, call):
     writer = default.split("/")[1]
@@ -131,7 +149,9 @@ def test_each_script_takes_by_default_what_the_one_before_wrote(script, default,
 
 
 def test_names_of_functions_and_tests_in_the_readme_exist():
-    scripts = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("mobilenetv2", "train"))
+    scripts = "".join(
+        (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("mobilenetv2", "train")
+    )
     paper = README[README.index("| paper | code |") : README.index("### Common mistakes")]
     names = re.findall(r"`\.?(\w+)`", paper)
     assert len(names) > 12 and [name for name in names if name not in scripts] == []
@@ -146,7 +166,9 @@ def test_weights_go_back_to_torchvision_as_the_page_says(tmp_path, monkeypatch):
     preprocessing = {"image_size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
     save_checkpoint("runs/photos/best.pt", model, ["cat", "dog"], preprocessing)
     blocks = code_blocks(PAGES[ROOT / "docs" / "shipping.md"])
-    (program,) = [code for language, code in blocks if language == "python" and "to_torchvision" in code]
+    (program,) = [
+        code for language, code in blocks if language == "python" and "to_torchvision" in code
+    ]
     names = {}
     exec(program, names)
     images = torch.randn(2, 3, 64, 64)
@@ -156,13 +178,24 @@ def test_weights_go_back_to_torchvision_as_the_page_says(tmp_path, monkeypatch):
 def test_the_network_works_alone_in_an_empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     script = Path(shutil.copy(ROOT / "mobilenetv2.py", tmp_path / "empty"))
-    code, out, _ = Python(script, cwd=tmp_path / "empty", path=(), output=tmp_path / "output").wait()
+    code, out, _ = Python(
+        script, cwd=tmp_path / "empty", path=(), output=tmp_path / "output"
+    ).wait()
     assert code == 0 and "300,774,272" in out
 
 
 def test_six_scripts_have_at_most_2000_lines_of_at_most_100_columns():
     scripts = sorted(path.name for path in ROOT.glob("*.py"))
-    assert scripts == ["data.py", "evaluate.py", "export.py", "finetune.py", "mobilenetv2.py", "train.py"]
-    lines = [line for name in scripts for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    assert scripts == [
+        "data.py",
+        "evaluate.py",
+        "export.py",
+        "finetune.py",
+        "mobilenetv2.py",
+        "train.py",
+    ]
+    lines = [
+        line for name in scripts for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    ]
     assert len(lines) <= 2000
     assert [line for line in lines if len(line) > 100] == []

@@ -10,7 +10,6 @@ import signal
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,7 +261,9 @@ def test_a_run_leaves_its_files(trained):
     assert imread(trained / "curves.png").std() > 0
 
 
-def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accuracy(tmp_path, capsys):
+def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accuracy(
+    tmp_path, capsys
+):
     args, history, model = SimpleNamespace(out=tmp_path), [], MobileNetV2(2, 0.35)
     splits = {"val": (None, torch.zeros(100))}  # standard error at 0.7: √(0.7 · 0.3 / 100) = 0.046
     dataset = SimpleNamespace(classes=["a", "b"], preprocessing=data.SMALL, splits=splits)
@@ -291,7 +292,10 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     assert (code, err, len(lines)) == (0, "", 5) and lines[0].startswith("digits: 10 classes, 2 × ")
     assert all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[3]
     best = tmp_path / "best.pt"
-    assert lines[4] == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
+    assert (
+        lines[4]
+        == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
+    )
 
 
 # ----------------------------------------------------------------------------- interrupt and resume
@@ -397,7 +401,9 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, 
     assert (folder / "last.pt").read_bytes() == before["last.pt"]
     assert call(train, *command, folder, "--overwrite", "--epochs", 1)[0] == 0
     assert len(load_checkpoint(folder / "last.pt")[1]["history"]) == 1
-    assert call(train, *command, tmp_path / "new", "--resume")[0] == 0  # nothing to resume: a new run
+    assert (
+        call(train, *command, tmp_path / "new", "--resume")[0] == 0
+    )  # nothing to resume: a new run
     assert (tmp_path / "new" / "best.pt").read_bytes() == before["best.pt"]
 
 
