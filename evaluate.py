@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional
 from torchvision.models import MobileNet_V2_Weights
 
+import cli
 import data
 from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
@@ -33,21 +35,32 @@ def predict(model, batches):
     """Return the logits (N, C) and labels (N,) of all batches, on the CPU."""
     model.eval()
     device = next(model.parameters()).device
-    pairs = [(model(images.to(device)).cpu(), labels.cpu()) for images, labels in batches]
-    logits, labels = zip(*pairs)
+    logits = []
+    labels = []
+    for images, batch_labels in batches:
+        logits.append(model(images.to(device)).cpu())
+        labels.append(batch_labels.cpu())
     return torch.cat(logits), torch.cat(labels)
 
 
 def score(logits, labels):
     """Return {"loss", "top1", "top5"} of logits (N, C) and labels (N,): cross-entropy, accuracies.
 
-    top5: the true class is among the five most probable; left out below six classes.
+    Add a metric here: log.csv, curves.png and metrics.json take it from this dict.
     """
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
-    hits = (best == labels[:, None]).double()
-    loss = functional.cross_entropy(logits, labels).item()
-    scores = {"loss": loss, "top1": hits[:, 0].mean().item()}
-    return scores | ({"top5": hits.sum(dim=1).mean().item()} if logits.shape[1] > 5 else {})
+    scores = {
+        "loss": functional.cross_entropy(logits, labels).item(),
+        "top1": top_k_accuracy(logits, labels, 1),
+    }
+    if logits.shape[1] > 5:
+        scores["top5"] = top_k_accuracy(logits, labels, 5)
+    return scores
+
+
+def top_k_accuracy(logits, labels, k):
+    """Return the share of images whose true class is among the k most probable ones."""
+    best = logits.topk(k, dim=1).indices  # (N, k)
+    return (best == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def confusion_matrix(labels, predictions, num_classes):
@@ -71,45 +84,61 @@ def classification_report(confusion):
     means over the classes, the second weighted by support, the number of images of a class.
     """
     confusion = confusion.double()
-    correct, actual, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
+    correct = confusion.diagonal()
+    actual = confusion.sum(dim=1)
+    predicted = confusion.sum(dim=0)
     measures = {
         "precision": correct / predicted.clamp(min=1),
         "recall": correct / actual.clamp(min=1),
         "f1": 2 * correct / (actual + predicted).clamp(min=1),
     }  # (C,) each
     weights = actual / actual.sum().clamp(min=1)
-    columns = [values.tolist() for values in measures.values()] + [actual.long().tolist()]
+    per_class = []
+    for index, support in enumerate(actual.long().tolist()):
+        row = {name: values[index].item() for name, values in measures.items()}
+        row["support"] = support
+        per_class.append(row)
     return {
         "macro": {name: values.mean().item() for name, values in measures.items()},
-        "weighted": {name: (values * weights).sum().item() for name, values in measures.items()},
-        "per_class": [dict(zip((*measures, "support"), row)) for row in zip(*columns)],
+        "weighted": {
+            name: (values * weights).sum().item() for name, values in measures.items()
+        },
+        "per_class": per_class,
     }
 
 
 def format_report(report, scores, classes):
     """Format the report as a table with one line per class, like scikit-learn's."""
+    support = sum(row["support"] for row in report["per_class"])
+    width = max(columns(name) for name in [*classes, "weighted avg"])
 
-    def columns(name):  # in a terminal, where a Chinese character takes two
-        return len(name) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in name)
-
-    width = max(map(columns, (*classes, "weighted avg")))
-    support = {"support": sum(row["support"] for row in report["per_class"])}
-    averages = {f"{name} avg": report[name] | support for name in ("macro", "weighted")}
-    lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
-    for name, row in [*zip(classes, report["per_class"]), *averages.items()]:
-        if name == "macro avg":
-            lines += ["", f"{'accuracy':>{width}}{scores['top1']:29.4f}  {row['support']:7d}"]
+    def line(name, row):
         text = "{precision:9.4f}  {recall:6.4f}  {f1:8.4f}  {support:7d}".format(**row)
-        lines.append(f"{' ' * (width - columns(name))}{name}  {text}")
-    return "\n".join([*lines, "", "  ".join(f"{name} {scores[name]:.4f}" for name in scores)])
+        return f"{' ' * (width - columns(name))}{name}  {text}"
+
+    lines = [f"{'':{width}}  precision  recall  f1-score  support", ""]
+    for name, row in zip(classes, report["per_class"]):
+        lines.append(line(name, row))
+    lines += ["", f"{'accuracy':>{width}}{scores['top1']:29.4f}  {support:7d}"]
+    for name in ("macro", "weighted"):
+        lines.append(line(f"{name} avg", {**report[name], "support": support}))
+    lines += ["", "  ".join(f"{name} {value:.4f}" for name, value in scores.items())]
+    return "\n".join(lines)
+
+
+def columns(name):
+    """Return the width of a name in a terminal, where a Chinese character takes two columns."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
 
 
 # ---------------------------------------------------------------------------------------- pictures
 GREEN, RED = "#1a7f37", "#cf222e"
 UNKNOWN = -1  # the label of an image that has none
 EXPLANATION = "bright: evidence for the predicted class"
+SCORE_TITLES = {"top1": "accuracy (top 1)", "top5": "accuracy (top 5)"}
 
 
+@data.picture_style()
 def plot_confusion(confusion, classes, path):
     """Draw the matrix: the colour is the share of the true class, the number is the count."""
     side = min(max(5.5, 0.45 * len(classes)), 16)  # inches
@@ -122,13 +151,14 @@ def plot_confusion(confusion, classes, path):
     title = f"{confusion.diagonal().sum()} of {confusion.sum()} correct"
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(classes) <= 50:  # more names and numbers would be too small to read
-        style, names = {"fontsize": min(10, 300 / len(classes))}, [name[:16] for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90, **style)
-        axes.set_yticks(range(len(classes)), names, **style)
+        size = min(10, 300 / len(classes))
+        names = [name[:16] for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(classes)), names, fontsize=size)
         for row, column in confusion.nonzero().tolist():
-            style["color"] = "white" if shares[row, column] > 0.3 else "black"
-            count = confusion[row, column].item()
-            axes.text(column, row, count, ha="center", va="center", **style)
+            colour = "white" if shares[row, column] > 0.3 else "black"
+            style = {"ha": "center", "va": "center", "color": colour, "fontsize": size}
+            axes.text(column, row, confusion[row, column].item(), **style)
     figure.savefig(path, dpi=120)
 
 
@@ -150,12 +180,15 @@ def class_activation_map(model, images, classes):
 def overlay(maps, images, stride):
     """Draw the positive part of activation maps (N, h, w) over images (N, 3, S, S) in 0..1.
 
-    A convolution with stride 2 centres output i on input 2 · i: cell i belongs to pixel i · stride.
+    A convolution with stride 2 reads around the pixels 0, 2, 4, ..., so place i of a feature map
+    belongs to pixel i · stride of the image.
     """
-    maps = maps.clamp(min=0) / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
-    covered = 1 + stride * (maps.shape[-1] - 1)  # from the centre of the first cell to the last
+    strongest = maps.amax(dim=(1, 2), keepdim=True)
+    maps = maps.clamp(min=0) / strongest.clamp(min=1e-6)
+    covered = 1 + stride * (maps.shape[-1] - 1)  # from the first of these pixels to the last
     maps = functional.interpolate(maps[:, None], covered, mode="bilinear", align_corners=True)
-    maps = functional.pad(maps, [0, images.shape[-1] - covered] * 2, mode="replicate")[:, 0]
+    missing = images.shape[-1] - covered
+    maps = functional.pad(maps, (0, missing, 0, missing), mode="replicate")[:, 0]
     heat = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3]).movedim(3, 1)
     return 0.4 * images.mean(dim=1, keepdim=True) + 0.6 * heat  # on grayscale images
 
@@ -172,40 +205,53 @@ def plot_predictions(path, title, dataset, split, logits, indices, explain=None)
     images = torch.cat([images for images, _ in dataset.batches(split, indices=indices)])
     pictures = data.to_pixels(images, dataset.preprocessing)
     confidences, predictions = logits[indices].softmax(dim=1).max(dim=1)
-    names, colours, (files, labels) = [], [], dataset.splits[split]
+    files, labels = dataset.splits[split]
+    names = []
+    colours = []
     for index, prediction, confidence in zip(indices, predictions, confidences):
-        above, colour = f"{dataset.classes[labels[index]]} →", RED
         if labels[index] == UNKNOWN:
-            above, colour = Path(files[index]).name, "black"
+            above = Path(files[index]).name
+            colour = "black"
         elif labels[index] == prediction:
-            above, colour = "", GREEN
+            above = ""
+            colour = GREEN
+        else:
+            above = f"{dataset.classes[labels[index]]} →"
+            colour = RED
         names.append(f"{above}\n{dataset.classes[prediction]} · {confidence:.0%}")
         colours.append(colour)
     if explain is not None:
         device = next(explain.parameters()).device
         maps = class_activation_map(explain, images.to(device), predictions.to(device)).cpu()
         heat = overlay(maps, pictures, explain.arch["output_stride"])
-        pictures = torch.stack([pictures, heat], dim=1).flatten(0, 1)  # image, heat, image, ...
+        pictures = torch.stack([pictures, heat], dim=1).flatten(
+            0, 1
+        )  # image, heat, image, ...
         names = [text for name in names for text in (name, "")]
         colours = [colour for colour in colours for _ in range(2)]
     data.plot_grid(path, title, pictures, names, colours)
 
 
+@data.picture_style()
 def plot_history(history, path, title=""):
-    """Draw loss and accuracy per epoch, with a dashed line where a stage begins."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    """Draw each score per epoch, with a dashed line where a stage begins."""
+    scores = [name.removeprefix("val_") for name in history[-1] if name.startswith("val_")]
+    figure = Figure(figsize=(5.5 * len(scores), 4), layout="constrained")
     figure.suptitle(title)
-    epochs = [row["epoch"] for row in history]
     # Training often looks worse: it has dropout, augmentation and label smoothing.
     curves = (("train_", "#8c959f", "training"), ("val_", "#0969da", "validation"))
-    for axes, key in zip(figure.subplots(1, 2), ("loss", "top1")):
+    for axes, name in zip(figure.subplots(1, len(scores)), scores):
         for prefix, colour, label in curves:
-            axes.plot(epochs, [r[prefix + key] for r in history], ".-", color=colour, label=label)
+            rows = [row for row in history if prefix + name in row]
+            if rows:
+                epochs = [row["epoch"] for row in rows]
+                values = [row[prefix + name] for row in rows]
+                axes.plot(epochs, values, ".-", color=colour, label=label)
         for before, row in zip(history, history[1:]):
             if row["stage"] != before["stage"]:
-                style = {"color": "black", "ls": "--", "lw": 1, "label": f"stage: {row['stage']}"}
-                axes.axvline(row["epoch"] - 0.5, **style)
-        axes.set(xlabel="epoch", title="loss" if key == "loss" else "accuracy (top 1)")
+                label = f"stage: {row['stage']}"
+                axes.axvline(row["epoch"] - 0.5, color="black", ls="--", lw=1, label=label)
+        axes.set(xlabel="epoch", title=SCORE_TITLES.get(name, name))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -214,22 +260,39 @@ def plot_history(history, path, title=""):
 
 # -------------------------------------------------------------------------------------- the script
 def write_table(path, rows):
-    """Write rows as a CSV file; the first row has the column names."""
+    """Write dicts as a CSV file. A column that a row lacks stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
+    table = csv.DictWriter(text, names)
+    table.writeheader()
+    table.writerows(rows)
     write_file(path, text.getvalue().encode())
 
 
+def top_classes(logits, classes):
+    """Return the three most probable classes of each image: lists of (name, probability)."""
+    probabilities, predictions = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
+    top = []
+    for indices, values in zip(predictions.tolist(), probabilities.tolist()):
+        top.append([(classes[index], value) for index, value in zip(indices, values)])
+    return top
+
+
 def write_predictions(path, names, labels, logits, classes):
-    """Write the name, true class and three most probable classes of each image. Returns rows."""
-    confidences, predictions = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
-    header = ["predicted", "confidence", "second", "confidence_2", "third", "confidence_3"]
-    rows = [["image", "true", *header[: 2 * predictions.shape[1]]]]
-    for name, label, *best in zip(names, labels, predictions.tolist(), confidences.tolist()):
-        cells = [cell for index, p in zip(*best) for cell in (classes[index], f"{p:.6f}")]
-        rows.append([name, "" if label == UNKNOWN else classes[label], *cells])
+    """Write the name, true class and three most probable classes of each image."""
+    columns = (
+        ("predicted", "confidence"),
+        ("second", "confidence_2"),
+        ("third", "confidence_3"),
+    )
+    rows = []
+    for name, label, best in zip(names, labels, top_classes(logits, classes)):
+        row = {"image": name, "true": "" if label == UNKNOWN else classes[label]}
+        for (name_column, value_column), (predicted, value) in zip(columns, best):
+            row[name_column] = predicted
+            row[value_column] = f"{value:.6f}"
+        rows.append(row)
     write_table(path, rows)
-    return rows[1:]
 
 
 def load_test(args):
@@ -239,90 +302,134 @@ def load_test(args):
     """
     model, checkpoint = load_checkpoint(args.checkpoint)
     dataset = data.load_for(args, checkpoint["preprocessing"])
-    known, found = checkpoint["classes"], dataset.classes  # no known names: compare the numbers
-    if known != found and (known or len(found) != checkpoint["arch"]["num_classes"]):
-        known = class_names(checkpoint)
+    known = class_names(checkpoint)
+    found = dataset.classes
+    if not checkpoint["classes"] and len(known) == len(found):
+        known = found  # a file without class names: compare the numbers
+    if known != found:
         problem = f"'{args.checkpoint}' has {len(known)} classes ({known[:3]}...)"
         problem += f", '{args.data}' {len(found)} ({found[:3]}...)"
-        raise data.DataError(f"{problem}: use other --data, or fine-tune the network on these")
+        fix = "use other --data, or fine-tune the network on these"
+        raise data.DataError(f"{problem}: {fix}")
     split = "test" if "test" in dataset.splits else "val"
-    return model.to(args.device, memory_format=data.MEMORY_FORMAT), checkpoint, dataset, split
+    return model, checkpoint, dataset, split
 
 
 def class_names(checkpoint):
     """List the class names; a file of torchvision's weights has none: ImageNet's, or numbers."""
-    names, count = checkpoint["classes"], checkpoint["arch"]["num_classes"]
-    if not names and count == 1000:
-        names = MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"]
-    return names or [f"class {index}" for index in range(count)]
+    count = checkpoint["arch"]["num_classes"]
+    if checkpoint["classes"]:
+        return checkpoint["classes"]
+    if count == 1000:
+        return MobileNet_V2_Weights.IMAGENET1K_V2.meta["categories"]
+    return [f"class {index}" for index in range(count)]
 
 
 def evaluate(args):
     """Score a checkpoint on labelled images, and write the report and the pictures."""
     model, checkpoint, dataset, split = load_test(args)
+    model.to(args.device, memory_format=data.MEMORY_FORMAT)
     logits, labels = predict(model, dataset.batches(split))
-    predictions, classes, out = logits.argmax(dim=1), dataset.classes, args.out
-    scores, confusion = score(logits, labels), confusion_matrix(labels, predictions, len(classes))
+    predictions = logits.argmax(dim=1)
+    scores = score(logits, labels)
+    confusion = confusion_matrix(labels, predictions, len(dataset.classes))
     report = classification_report(confusion)
     text = f"{args.checkpoint} on {len(labels)} images of {args.data} ({split})\n\n"
-    text += format_report(report, scores, classes)
-    text += "\nno test split: these images also chose the checkpoint" if split == "val" else ""
+    text += format_report(report, scores, dataset.classes)
+    if split == "val":
+        text += "\nno test split: these images also chose the checkpoint"
     print(text)
-    write_file(out / "report.txt", f"{text}\n".encode())
-    metrics = {"checkpoint": args.checkpoint, "data": args.data, "split": split} | scores | report
-    metrics |= {"images": len(labels), "per_class": dict(zip(classes, report["per_class"]))}
-    write_file(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
-    images = dataset.splits[split][0]
-    names = range(len(images)) if isinstance(images, torch.Tensor) else images
-    write_predictions(out / "predictions.csv", names, labels, logits, classes)
-    plot_confusion(confusion, classes, out / "confusion.png")
+    write_file(args.out / "report.txt", f"{text}\n".encode())
+    metrics = {
+        "checkpoint": args.checkpoint,
+        "data": args.data,
+        "split": split,
+        "images": len(labels),
+        **scores,
+        **report,
+        "per_class": dict(zip(dataset.classes, report["per_class"])),
+    }
+    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    write_file(args.out / "metrics.json", text.encode())
+    images, _ = dataset.splits[split]
+    names = images if dataset.kind == "photos" else range(len(images))
+    write_predictions(args.out / "predictions.csv", names, labels, logits, dataset.classes)
+    plot_confusion(confusion, dataset.classes, args.out / "confusion.png")
     if checkpoint["history"]:
-        plot_history(checkpoint["history"], out / "curves.png", "up to the chosen epoch")
-    some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:32]
+        plot_history(checkpoint["history"], args.out / "curves.png", "up to the chosen epoch")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
+    some = order[:32].sort().values
     correct = predictions == labels
-    confidences = logits.softmax(dim=1).amax(dim=1).masked_fill(correct, -1)
-    mistakes = confidences.argsort(descending=True)[: (~correct).sum()]
-    source, title = (dataset, split, logits), "green: correct · red: true class → predicted class"
-    plot_predictions(out / "samples.png", title, *source, some.sort().values)
-    plot_predictions(out / "mistakes.png", "most confident mistakes", *source, mistakes[:32])
-    chosen = torch.cat([mistakes[:8], some[correct[some]][:8]]) if args.explain else ()
-    plot_predictions(out / "explanation.png", EXPLANATION, *source, chosen, model)
+    confidences = logits.softmax(dim=1).amax(dim=1)
+    mistakes = (~correct).nonzero().flatten()
+    mistakes = mistakes[confidences[mistakes].argsort(descending=True)][:32]
+    draw = partial(plot_predictions, dataset=dataset, split=split, logits=logits)
+    title = "green: correct · red: true class → predicted class"
+    draw(args.out / "samples.png", title, indices=some)
+    draw(args.out / "mistakes.png", "most confident mistakes", indices=mistakes)
+    explained = torch.cat([mistakes[:8], some[correct[some]][:8]]) if args.explain else ()
+    draw(args.out / "explanation.png", EXPLANATION, indices=explained, explain=model)
+    print(f"\nwrote the results to {args.out}")
+    out = f"{args.checkpoint.removesuffix('/best.pt')}-export"
+    cli.print_next("export.py", checkpoint=args.checkpoint, data=args.data, out=out)
 
 
 def classify(args):
     """Predict the classes of --images, which have no labels."""
     model, checkpoint = load_checkpoint(args.checkpoint)
-    folders = [data.find_images(path) if path.is_dir() else [path] for path in args.images]
-    paths = numpy.array([path for folder in folders for path in folder])
-    if len(paths) == 0:
+    paths = []
+    for path in args.images:
+        paths += data.find_images(path) if path.is_dir() else [path]
+    if not paths:
         raise data.DataError("--images: no images found; name files, or folders of images")
-    classes, splits = class_names(checkpoint), {"test": (paths, torch.full((len(paths),), UNKNOWN))}
-    options = {"batch_size": args.batch_size, "workers": args.workers}
-    dataset = data.Data(classes, data.PHOTOS | checkpoint["preprocessing"], splits, **options)
+    classes = class_names(checkpoint)
+    preprocessing = {**data.PHOTO, **checkpoint["preprocessing"]}
+    if args.image_size is not None:
+        preprocessing["image_size"] = args.image_size
+    labels = torch.full((len(paths),), UNKNOWN)
+    dataset = data.Data(
+        classes,
+        preprocessing,
+        {"test": (numpy.array(paths), labels)},
+        kind="photos",
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     logits, labels = predict(model, dataset.batches("test"))
-    rows = write_predictions(args.out / "images.csv", paths, labels, logits, classes)
     print(f"{args.checkpoint}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
-    for path, _, *best in rows:
-        best = [f"{name} {float(p):.1%}" for name, p in zip(best[::2], best[1::2])]
-        print(f"{path}: {', '.join(best)}")
-    source, first = (dataset, "test", logits), torch.arange(len(paths))[:32]
-    plot_predictions(args.out / "images.png", "predicted class · confidence", *source, first)
-    shown = first[:16] if args.explain else ()  # none: only removes an older picture
-    plot_predictions(args.out / "images-explanation.png", EXPLANATION, *source, shown, model)
+    for path, best in zip(paths, top_classes(logits, classes)):
+        print(f"{path}: {', '.join(f'{name} {value:.1%}' for name, value in best)}")
+    write_predictions(args.out / "images.csv", paths, labels, logits, classes)
+    draw = partial(plot_predictions, dataset=dataset, split="test", logits=logits)
+    first = torch.arange(len(paths))[:32]
+    draw(args.out / "images.png", "predicted class · confidence", indices=first)
+    explained = first[:16] if args.explain else ()  # none: only removes an older picture
+    draw(args.out / "images-explanation.png", EXPLANATION, indices=explained, explain=model)
+    print(f"\nwrote the results to {args.out}")
 
 
 def main():
-    defaults = {"data": "digits", "out": Path("runs/evaluate"), "batch_size": 256}
-    defaults |= {"checkpoint": "runs/finetune/best.pt", "images": None, "explain": False}
-    args = data.parse_arguments("Evaluate a checkpoint.", defaults)
-    (classify if args.images else evaluate)(args)
-    print(f"\nwrote the results to {args.out}")
-    if not args.images:
-        out = f"{args.checkpoint.removesuffix('/best.pt')}-export"
-        options = f'--checkpoint "{args.checkpoint}" --data "{args.data}" --out "{out}"'
-        print(f"next: python export.py {options}")
+    parser = cli.make_parser(__doc__, data="digits", out="runs/evaluate", batch_size=256)
+    cli.add_device(parser)
+    cli.add_checkpoint(parser, "runs/finetune/best.pt")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        help="images and folders to classify without labels (default: none)",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="draw where the network sees the predicted class",
+    )
+    args = cli.parse(parser)
+    if args.images:
+        classify(args)
+    else:
+        evaluate(args)
 
 
 if __name__ == "__main__":
-    data.run(main, CheckpointError)
+    cli.run(main, CheckpointError)

@@ -27,23 +27,21 @@ import tempfile
 import timeit
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import cli
 import data
 from evaluate import load_test
 from mobilenetv2 import CheckpointError, write_file
 
 TOLERANCE = 1e-4  # largest difference of a float format's output from the network's
 LOST_ACCURACY = 0.005  # int8 may lose this share of the images, or a single one
-BATCH = ({0: torch.export.Dim("batch", min=1)},)  # the first input dimension has any size
-warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation; see above
-warnings.filterwarnings("ignore", "No complete tensor found")  # torch.export, channels last
-# ONNX Runtime recommends a preprocessing step that folds BatchNorm, which is done here already.
-logging.getLogger().addFilter(lambda record: "before quantization" not in record.getMessage())
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)  # the first input dimension has any size
 
 
 def fold_batch_norm(model):
@@ -70,7 +68,9 @@ class WithPreprocessing(nn.Module):
     def __init__(self, network, preprocessing):
         super().__init__()
         self.network = network
-        self.register_buffer("mean", 255 * torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1))
+        self.register_buffer(
+            "mean", 255 * torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1)
+        )
         self.register_buffer("std", 255 * torch.tensor(preprocessing["std"]).view(1, 3, 1, 1))
 
     def forward(self, images):
@@ -78,26 +78,36 @@ class WithPreprocessing(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ formats
-def export_torchscript(network, example, path, metadata, _):
+# Each format has a function that writes a file. metadata: {"classes": ..., "preprocessing": ...} as
+# JSON, stored in the file. calibration: batches of training images, for int8.
+def export_torchscript(network, example, path, metadata, calibration):
     traced = torch.jit.freeze(torch.jit.trace(network, example))
-    buffer, texts = io.BytesIO(), {f"{key}.json": text for key, text in metadata.items()}
-    torch.jit.save(traced, buffer, texts)  # with a path, a full disk would abort the process
+    buffer = io.BytesIO()  # with a path, a full disk would abort the process
+    torch.jit.save(traced, buffer, {f"{key}.json": text for key, text in metadata.items()})
     path.write_bytes(buffer.getvalue())
 
 
-def export_pt2(network, example, path, metadata, _):
-    program = torch.export.export(network, (example,), dynamic_shapes=BATCH)
-    buffer, texts = io.BytesIO(), {f"{key}.json": text for key, text in metadata.items()}
-    torch.export.save(program, buffer, extra_files=texts)
+def export_pt2(network, example, path, metadata, calibration):
+    program = torch.export.export(network, (example,), dynamic_shapes=ANY_BATCH)
+    buffer = io.BytesIO()
+    extra_files = {f"{key}.json": text for key, text in metadata.items()}
+    torch.export.save(program, buffer, extra_files=extra_files)
     path.write_bytes(buffer.getvalue())
 
 
-def export_onnx(network, example, path, metadata, _):
+def export_onnx(network, example, path, metadata, calibration):
     import onnx
 
-    output = "probabilities" if isinstance(network, WithPreprocessing) else "logits"
-    names = {"input_names": ["input"], "output_names": [output], "dynamic_shapes": BATCH}
-    model = torch.onnx.export(network, (example,), dynamo=True, verbose=False, **names).model_proto
+    program = torch.onnx.export(
+        network,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["input"],
+        output_names=["probabilities" if isinstance(network, WithPreprocessing) else "logits"],
+        dynamic_shapes=ANY_BATCH,
+    )
+    model = program.model_proto
     for key, text in metadata.items():
         model.metadata_props.add(key=key, value=text)
     onnx.save(model, path)
@@ -121,9 +131,15 @@ def export_int8(network, example, path, metadata, calibration):
 
     plain = path.with_name("model.onnx")
     if not plain.exists():
-        export_onnx(network, example, plain, metadata, None)
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QUInt8}
-    quantize_static(plain, path, Reader(), per_channel=True, **types)
+        export_onnx(network, example, plain, metadata, calibration)
+    quantize_static(
+        plain,
+        path,
+        Reader(),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QUInt8,
+    )
 
 
 def load_pt2(path):
@@ -139,12 +155,33 @@ def load_onnx(path):
     return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
 
 
-FORMATS = {  # name: (file, export function, load function)
-    "torchscript": ("model.torchscript.pt", export_torchscript, torch.jit.load),
-    "pt2": ("model.pt2", export_pt2, load_pt2),
-    "onnx": ("model.onnx", export_onnx, load_onnx),
-    "int8": ("model.int8.onnx", export_int8, load_onnx),
+FORMATS = {  # int8 comes after onnx, because it uses its file
+    "torchscript": {
+        "file": "model.torchscript.pt",
+        "export": export_torchscript,
+        "load": torch.jit.load,
+    },
+    "pt2": {"file": "model.pt2", "export": export_pt2, "load": load_pt2},
+    "onnx": {"file": "model.onnx", "export": export_onnx, "load": load_onnx},
+    "int8": {"file": "model.int8.onnx", "export": export_int8, "load": load_onnx},
 }
+
+
+@contextmanager
+def quiet_exporters():
+    """Hide messages that nobody can act on."""
+
+    def is_useful(record):
+        # ONNX Runtime recommends a step that folds BatchNorm, which is done here already.
+        return "before quantization" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(is_useful)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation; see above
+        warnings.filterwarnings("ignore", "No complete tensor found")  # channels last
+        yield
+    root.removeFilter(is_useful)
 
 
 # ----------------------------------------------------------------------------------- verification
@@ -157,93 +194,152 @@ def inputs(dataset, batches, pixels):
         yield images.contiguous()
 
 
-def measure(load, path, dataset, split, pixels, threads):
-    """Load a network and run it on a split. Returns (outputs (N, num_classes), measurements)."""
+def load_and_measure(load, path, threads, *task):
+    """Measure a file, in a process that has not built the network."""
     torch.set_num_threads(threads)
-    network = load(path)
-    with torch.inference_mode():
-        batches = list(inputs(dataset, dataset.batches(split), pixels))
-        outputs = torch.cat([network(images) for images in batches])
-        # A batch size that export made a constant would show up with single images.
-        images = batches[0][:16]
-        single = torch.cat([network(image) for image in images.split(1)])
-        # The first runs allocate memory, and TorchScript optimises itself.
-        seconds = timeit.repeat(lambda: network(images[:1]), number=1, repeat=33)[3:]
-    correct = (outputs.argmax(dim=1) == dataset.splits[split][1]).double()
-    result = {"accuracy": correct.mean().item(), "latency_ms": 1000 * statistics.median(seconds)}
-    return outputs, result | {"batch_difference": (outputs[:16] - single).abs().max().item()}
+    return measure(load(path), *task)
 
 
-def verify(name, load, path, expected, accuracy, pool, *how):
-    """Measure a file in the process of `pool`. Returns a dict; raises ValueError for a fault."""
-    outputs, result = pool.submit(measure, load, path, *how).result()
-    result["bytes"] = path.stat().st_size
-    result["largest_difference"] = (outputs - expected).abs().max().item()
-    lost = round((accuracy - result["accuracy"]) * len(outputs))
+@torch.inference_mode()
+def measure(network, dataset, split, pixels):
+    """Run a network on a split. Returns (outputs (N, num_classes), measurements)."""
+    batches = list(inputs(dataset, dataset.batches(split), pixels))
+    outputs = torch.cat([network(images) for images in batches])
+    # A batch size that export made a constant would show up with single images.
+    images = batches[0][:16]
+    single = torch.cat([network(image) for image in images.split(1)])
+    # The first runs allocate memory, and TorchScript optimises itself.
+    seconds = timeit.repeat(lambda: network(images[:1]), number=1, repeat=33)[3:]
+    _, labels = dataset.splits[split]
+    return outputs, {
+        "accuracy": (outputs.argmax(dim=1) == labels).double().mean().item(),
+        "latency_ms": 1000 * statistics.median(seconds),
+        "batch_difference": (outputs[:16] - single).abs().max().item(),
+    }
+
+
+def find_fault(name, result, lost, images):
+    """Return the fault of a measured file, or None. lost: images that only the network knows."""
     if not result["batch_difference"] <= TOLERANCE:  # NaN is a fault
-        raise ValueError("its outputs depend on the batch size")
-    if name != "int8" and not result["largest_difference"] <= TOLERANCE:
-        raise ValueError(f"its outputs differ by up to {result['largest_difference']:.1e}")
-    if name == "int8" and lost > max(LOST_ACCURACY * len(outputs), 1):
-        raise ValueError(f"it loses {lost} of {len(outputs)} images")
-    return result
+        return "its outputs depend on the batch size"
+    if name == "int8":
+        if lost > max(LOST_ACCURACY * images, 1):
+            return f"it loses {lost} of {images} images"
+    elif not result["largest_difference"] <= TOLERANCE:
+        return f"its outputs differ by up to {result['largest_difference']:.1e}"
+    return None
+
+
+# -------------------------------------------------------------------------------------- the script
+ROW = "{:<21} {:>6} {:>11} {:>9} {:>11}"
+
+
+def export_formats(names, folded, example, metadata, calibration, task, reference, out):
+    """Write and verify each format. Returns ({file: measurements}, list of faults).
+
+    task: (dataset, split, pixels) of `measure`. reference: the network's result on it.
+    """
+    expected, measured = reference
+    formats = {}
+    faults = []
+    spawn = get_context("spawn")  # a process that has not built the network
+    with ProcessPoolExecutor(1, spawn) as pool, tempfile.TemporaryDirectory() as folder:
+        for name, entry in FORMATS.items():
+            if name not in names:
+                continue
+            file = entry["file"]
+            path = Path(folder, file)
+            try:
+                entry["export"](folded, example, path, metadata, calibration)
+            except ImportError as error:
+                fix = "pip install -r requirements-onnx.txt"
+                print(f"no {name} ({error}): {fix}", file=sys.stderr)
+                continue
+            except Exception as error:  # an exporter may raise anything
+                faults.append(f"{file} ({error})")
+                continue
+            try:
+                load = (load_and_measure, entry["load"], path, torch.get_num_threads())
+                outputs, result = pool.submit(*load, *task).result()
+                result["bytes"] = path.stat().st_size
+                result["largest_difference"] = (outputs - expected).abs().max().item()
+                lost = round((measured["accuracy"] - result["accuracy"]) * len(outputs))
+                fault = find_fault(name, result, lost, len(outputs))
+            except Exception as error:  # and so may a runtime
+                fault = error
+            if fault is not None:
+                faults.append(f"{file} ({fault})")
+                (out / file).unlink(missing_ok=True)  # an older file has another network
+                continue
+            write_file(out / file, path.read_bytes())
+            formats[file] = result
+            print_row(file, result)
+    return formats, faults
+
+
+def print_row(file, result):
+    megabytes = f"{result['bytes'] / 1e6:.2f}" if "bytes" in result else ""
+    difference = ""
+    if "largest_difference" in result:
+        difference = f"{result['largest_difference']:.1e}"
+    cells = [f"{result['latency_ms']:.2f}", f"{result['accuracy']:.2%}", difference]
+    print(ROW.format(file, megabytes, *cells), flush=True)
 
 
 def main():
-    defaults = {"data": "digits", "checkpoint": "runs/finetune/best.pt", "out": Path("runs/export")}
-    defaults |= {"batch_size": 64, "formats": list(FORMATS), "with_preprocessing": False}
-    args = data.parse_arguments("Export and verify a checkpoint.", defaults)
-    args.device = "cpu"  # the files are for any device
+    parser = cli.make_parser(__doc__, data="digits", out="runs/export", batch_size=64)
+    cli.add_checkpoint(parser, "runs/finetune/best.pt")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats to write"
+    )
+    parser.add_argument(
+        "--with-preprocessing",
+        action="store_true",
+        help="take uint8 images, and return probabilities",
+    )
+    args = cli.parse(parser)
     network, _, dataset, split = load_test(args)
-    folded, pixels = fold_batch_norm(network), args.with_preprocessing
+    folded = fold_batch_norm(network)
+    pixels = args.with_preprocessing
     if pixels:
         network = WithPreprocessing(network, dataset.preprocessing).eval()
         folded = WithPreprocessing(folded, dataset.preprocessing).eval()
+    network.to(memory_format=torch.channels_last)
     folded.to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
     some = torch.randperm(len(dataset.splits["train"][1]))[:256]
     calibration = list(inputs(dataset, dataset.batches("train", indices=some), pixels))
-    example = calibration[0][:2].clone()  # torch.export would make a batch size of 1 a constant
-    report = {"classes": dataset.classes, "preprocessing": dataset.preprocessing}
-    metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in report.items()}
-    how = (dataset, split, pixels, torch.get_num_threads())
-    expected, reference = measure(lambda _: network, None, *how)
-    accuracy, made, faults = reference["accuracy"], [], []
-    report["verified_on"] = f"{len(expected)} images of {args.data} ({split})"
-    report |= {"with_preprocessing": pixels, "network": reference, "formats": {}}
-    row = "{:<21} {:>6} {:>11} {:>9} {:>11}".format
-    print(f"{report['verified_on']}, threads: {how[-1]}")
-    print(row("file", "MB", "ms / image", "accuracy", "difference"))
-    print(row("network", "", f"{reference['latency_ms']:.2f}", f"{accuracy:.2%}", ""))
-    spawn = get_context("spawn")  # a process that has not built the network
-    with ProcessPoolExecutor(1, spawn) as pool, tempfile.TemporaryDirectory() as folder:
-        for name, (file, export, load) in FORMATS.items():  # in this order: int8 uses onnx's file
-            if name not in args.formats:
-                continue
-            path = Path(folder, file)
-            try:
-                export(folded, example, path, metadata, calibration)
-                made.append(file)
-                result = verify(name, load, path, expected, accuracy, pool, *how)
-            except ImportError as error:
-                print(f"no {name} ({error}): pip install -r requirements-onnx.txt", file=sys.stderr)
-                continue
-            except Exception as error:  # an exporter or a runtime may raise anything
-                faults.append(f"{file} ({error})")
-                if file in made:  # and faulty: an older file has another network
-                    (args.out / file).unlink(missing_ok=True)
-                continue
-            write_file(args.out / file, path.read_bytes())
-            report["formats"][file] = result
-            size, latency = f"{result['bytes'] / 1e6:.2f}", f"{result['latency_ms']:.2f}"
-            difference = f"{result['largest_difference']:.1e}"
-            print(row(file, size, latency, f"{result['accuracy']:.2%}", difference), flush=True)
+    example = calibration[0][
+        :2
+    ].clone()  # torch.export would make a batch size of 1 a constant
+    about = {"classes": dataset.classes, "preprocessing": dataset.preprocessing}
+    metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
+
+    task = (dataset, split, pixels)
+    reference = measure(network, *task)
+    images = len(dataset.splits[split][1])
+    verified_on = f"{images} images of {args.data} ({split})"
+    print(f"{verified_on}, threads: {torch.get_num_threads()}")
+    print(ROW.format("file", "MB", "ms / image", "accuracy", "difference"))
+    print_row("network", reference[1])
+    with quiet_exporters():
+        formats, faults = export_formats(
+            args.formats, folded, example, metadata, calibration, task, reference, args.out
+        )
+    report = {
+        **about,
+        "verified_on": verified_on,
+        "with_preprocessing": pixels,
+        "network": reference[1],
+        "formats": formats,
+    }
     write_file(args.out / "labels.txt", "\n".join([*dataset.classes, ""]).encode())
-    write_file(args.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False).encode())
-    print(f"wrote {', '.join([*report['formats'], 'labels.txt', 'report.json'])} to {args.out}")
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    write_file(args.out / "report.json", text.encode())
+    print(f"wrote {', '.join([*formats, 'labels.txt', 'report.json'])} to {args.out}")
     if faults:
         raise data.DataError(f"not written: {'; '.join(faults)}")
 
 
 if __name__ == "__main__":
-    data.run(main, CheckpointError)
+    cli.run(main, CheckpointError)

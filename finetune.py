@@ -11,27 +11,40 @@ layers before them stay frozen, because edges look the same in any photo. Terms 
     frozen            without updates; BatchNorm keeps its running statistics
 """
 
-import time
+import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+import cli
 import data
 import train
 from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 
-DEFAULTS = {"data": "digits", "out": Path("runs/finetune"), "checkpoint": "runs/train/best.pt"}
-DEFAULTS |= {"output_stride": None, "classifier_epochs": 20, "batch_size": 64}
-DEFAULTS |= {"weight_decay": 0.01, "unfreeze": None, "train_batch_norm": None}
-# Weights from ImageNet fit photos: change little. Weights from letters: train all layers.
-# block_decay: learning rate of a layer, relative to that of the layer after it.
-PHOTOS = {"epochs": 10, "learning_rate": 0.002, "block_decay": 0.9, "unfreeze": 8}
-SMALL_IMAGES = {"epochs": 6, "learning_rate": 0.005, "block_decay": 1.0, "unfreeze": 17}
-SMALL_IMAGES |= {"train_batch_norm": True}
+# Settings by the kind of data. The command line overrides them.
+DEFAULTS = {
+    # Weights from ImageNet fit photos: change little.
+    "photos": {
+        "epochs": 10,  # of stage blocks
+        "learning_rate": 0.002,  # of the classifier; the head has half of it
+        "block_decay": 0.9,  # learning rate of a layer, relative to that of the layer after it
+        "unfreeze": 8,  # blocks
+        "train_batch_norm": False,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.1,
+    },
+    # Weights from letters are only a start: train all layers.
+    "small images": {
+        "epochs": 6,
+        "learning_rate": 0.005,
+        "block_decay": 1.0,
+        "unfreeze": 17,
+        "train_batch_norm": True,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.1,
+    },
+}
 HEAD_RATE = 0.5  # learning rate of the head, relative to that of the classifier
 
 
@@ -41,11 +54,13 @@ def extract_features(backbone, batches):
     The outputs of a backbone are features (N, 1280). Eval mode: they do not depend on the batch.
     """
     backbone.eval()
-    device, pairs = next(backbone.parameters()).device, []
+    device = next(backbone.parameters()).device
+    features = []
+    labels = []
     with torch.no_grad():
-        for images, labels in batches:
-            pairs.append((backbone(images.to(device)).cpu(), labels.cpu()))
-    features, labels = zip(*pairs)
+        for images, batch_labels in batches:
+            features.append(backbone(images.to(device)).cpu())
+            labels.append(batch_labels.cpu())
     return torch.cat(features), torch.cat(labels)
 
 
@@ -60,50 +75,101 @@ def freeze_batch_norm(module):
 
 
 def main():
-    args, last = train.parse_arguments("Fine-tune a trained network.", DEFAULTS)
+    args = parse_arguments()
+    last = train.read_last(args)
     train.start(args)
-    source = args.out / "last.pt" if last else args.checkpoint
+    source = args.checkpoint if last is None else args.out / "last.pt"
     model, checkpoint = load_checkpoint(source, args.output_stride)
     # Image size, mean and std as in pretraining; crop and channels are the dataset's.
     known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
     dataset = data.load_for(args, known)
-    train.set_defaults(args, SMALL_IMAGES if dataset.augment else PHOTOS)  # photos: augment is None
+    train.use_defaults(args, DEFAULTS[dataset.kind])
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
-    if last:
+    history = []
+    if last is not None:
         train.check_classes(last, dataset)
+        history = last["history"]
     elif checkpoint["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
+    save = partial(train.save_epoch, args, model, dataset)
+    train_classifier(model, dataset, args, history, save, last)
+    train_blocks(model, dataset, args, history, save, last)
+    train.finish(args, dataset, history)
+
+
+def train_classifier(model, dataset, args, history, save, last=None):
+    """Stage "classifier": train the classifier on features of the frozen backbone.
+
+    A frozen backbone maps an image to the same features in every epoch, so they are computed once,
+    without augmentation.
+    """
+    if train.count_epochs(history, "classifier") >= args.classifier_epochs:
+        return
+    backbone = nn.Sequential(
+        model.stem, model.blocks, model.head, nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    _, processes = data.process_rank()
+    size = dataset.batch_size // processes
+    images = train.show_progress(dataset.batches("train"), "features (train)")
+    features, labels = extract_features(backbone, images)
+    batches = data.Batches(features, labels, size, shuffle=True, repeats=dataset.repeats)
+    images = train.show_progress(dataset.batches("val"), "features (val)")
+    features, labels = extract_features(backbone, images)
+    val_batches = data.Batches(features, labels, size)
+    optimizer = make_optimizer(model.classifier, [], args)
+    scheduler = train.make_scheduler("cosine", optimizer, len(batches), args.classifier_epochs)
+    if last is not None and last["history"][-1]["stage"] == "classifier":
+        train.restore(args, last, model, optimizer, scheduler)
+    train.fit(
+        nn.Sequential(model.dropout, model.classifier),
+        batches,
+        val_batches,
+        optimizer,
+        scheduler,
+        train.make_loss(args.loss, args.label_smoothing),
+        history=history,
+        epochs=args.classifier_epochs,
+        save=save,
+        stage="classifier",
+        seed=args.seed,
+        amp=args.amp,
+    )
+
+
+def train_blocks(model, dataset, args, history, save, last=None):
+    """Stage "blocks": train the last blocks, the head and the classifier on augmented images."""
+    if train.count_epochs(history, "blocks") >= args.epochs:
+        return
     front, rest = divide(model, args.unfreeze)
     front.requires_grad_(False)
-    loss_function, history = train.make_loss(args), last["history"] if last else []
-    for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
-        remaining = epochs - sum(row["stage"] == stage for row in history)
-        if remaining < 1:
-            continue
-        if stage == "classifier":
-            network, tuned = nn.Sequential(model.dropout, model.classifier), ()
-            train_batches, val_batches = cache_features(nn.Sequential(front, rest), dataset)
-        else:
-            network, tuned, val_batches = model, rest, dataset.batches("val")
-            train_batches = dataset.batches("train", augmented=True)
-        groups = layer_groups(tuned, model.classifier, args)
-        optimizer = torch.optim.AdamW(groups)  # Loshchilov and Hutter, arXiv:1711.05101
-        scheduler = LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(train_batches)))
-        if last and history[-1]["stage"] == stage:
-            train.restore(args, last, model, optimizer, scheduler)
-        wrapped = train.wrap(network, args)
-        for _ in range(remaining):
-            torch.manual_seed(hash((args.seed, len(history), data.RANK)))
-            network.train()
-            freeze_batch_norm(front if args.train_batch_norm else network)  # network: all layers
-            batches = show_progress(train_batches, f"{stage} {len(history) + 1:3}")
-            row = train.train_epoch(wrapped, batches, optimizer, scheduler, loss_function)
-            row |= train.validate(network, val_batches)
-            row |= {"learning_rate": scheduler.get_last_lr()[-1]}  # the classifier's
-            history.append({"epoch": len(history) + 1, "stage": stage} | row)
-            train.save_epoch(args, model, dataset, history, optimizer, scheduler)
-    train.finish(args, dataset, history)
+
+    def training_mode(network):
+        network.train()
+        freeze_batch_norm(front)
+        if not args.train_batch_norm:
+            freeze_batch_norm(rest)
+
+    batches = dataset.batches("train", augmented=True)
+    optimizer = make_optimizer(model.classifier, rest, args)
+    scheduler = train.make_scheduler("cosine", optimizer, len(batches), args.epochs)
+    if last is not None and last["history"][-1]["stage"] == "blocks":
+        train.restore(args, last, model, optimizer, scheduler)
+    train.fit(
+        model,
+        batches,
+        dataset.batches("val"),
+        optimizer,
+        scheduler,
+        train.make_loss(args.loss, args.label_smoothing),
+        history=history,
+        epochs=args.epochs,
+        save=save,
+        stage="blocks",
+        seed=args.seed,
+        amp=args.amp,
+        training_mode=training_mode,
+    )
 
 
 def divide(model, count):
@@ -115,51 +181,57 @@ def divide(model, count):
     If `count` is the number of all blocks, the stem belongs to the rest, and the front is empty.
     """
     layers = [model.stem, *model.blocks, model.head]
-    cut = len(model.blocks) - count + 1 if count < len(model.blocks) else 0
+    cut = 0
+    if count < len(model.blocks):
+        cut = 1 + len(model.blocks) - count
     return nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:])
 
 
-def layer_groups(tuned, classifier, args):
-    """Make optimizer groups whose learning rate never rises from the classifier to the input.
+def make_optimizer(classifier, layers, args):
+    """Make an optimizer whose learning rate never rises from the classifier to the input.
 
     The first layers fit all images, the last ones the old classes (Yosinski et al.,
     arXiv:1411.1792). "Discriminative fine-tuning" in Howard and Ruder, arXiv:1801.06146, §3.2.
+    The optimizer is AdamW: Loshchilov and Hutter, arXiv:1711.05101.
     """
-    rate, decay = args.learning_rate, args.weight_decay
-    groups = train.parameter_groups(classifier.parameters(), rate, decay)
+    rate = args.learning_rate
+    groups = train.parameter_groups(classifier.parameters(), rate, args.weight_decay)
     rate *= HEAD_RATE
-    for layer in reversed(tuned):
-        groups = train.parameter_groups(layer.parameters(), rate, decay) + groups
+    for layer in reversed(layers):
+        groups = train.parameter_groups(layer.parameters(), rate, args.weight_decay) + groups
         rate *= args.block_decay  # relative to the layer after it
-    return groups
+    return torch.optim.AdamW(groups)
 
 
-def cache_features(backbone, dataset):
-    """Return training and validation batches of features (N, 1280), without augmentation.
-
-    A frozen backbone maps an image to the same features in every epoch: compute them once.
-    """
-    backbone, cached = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten()), []
-    for split in ("train", "val"):
-        batches = show_progress(dataset.batches(split), f"features ({split})")
-        cached.append(TensorDataset(*extract_features(backbone, batches)))
-    size, count = dataset.batch_size // data.PROCESSES, len(cached[0]) * dataset.repeats
-    order = RandomSampler(cached[0], num_samples=count)
-    batches = BatchSampler(order, size, drop_last=count >= size)  # an item is a batch: faster
-    return DataLoader(cached[0], batch_size=None, sampler=batches), DataLoader(cached[1], size)
-
-
-def show_progress(batches, title):
-    """Yield the batches of a DataLoader. Prints a line every 15 seconds."""
-    begun = shown = time.monotonic()
-    images = 0
-    for number, (inputs, labels) in enumerate(batches, start=1):
-        yield inputs, labels
-        images, now = images + len(labels), time.monotonic()
-        if now - shown > 15:
-            shown, rate = now, images / (now - begun)
-            print(f"{title}  {number} of {len(batches)} batches, {rate:.0f} images/s", flush=True)
+def parse_arguments():
+    parser = cli.make_parser(__doc__, data="digits", out="runs/finetune", batch_size=64)
+    cli.add_device(parser)
+    cli.add_checkpoint(parser, "runs/train/best.pt")
+    parser.add_argument(
+        "--output-stride",
+        type=int,
+        choices=(8, 16, 32),
+        help="ratio of image to last feature map (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--classifier-epochs",
+        type=cli.in_range(int, 1, 10**5),
+        default=20,
+        help="epochs of stage classifier",
+    )
+    parser.add_argument(
+        "--unfreeze",
+        type=cli.in_range(int, 0, 17),
+        help="last blocks to train; 17 includes the stem (default: photos 8, else 17)",
+    )
+    parser.add_argument(
+        "--train-batch-norm",
+        action=argparse.BooleanOptionalAction,
+        help="update BatchNorm's statistics (default: no for photos, else yes)",
+    )
+    train.add_training_options(parser)
+    return cli.parse(parser)
 
 
 if __name__ == "__main__":
-    data.run(main, CheckpointError)
+    cli.run(main, CheckpointError)

@@ -19,7 +19,6 @@ import argparse
 import copy
 import io
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -45,20 +44,37 @@ BOTTLENECKS = (
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 
-# Output stride: image size divided by size of the last feature map, 224 / 7 = 32 in Table 2. An
-# image of 32 pixels would end as a single pixel. Output stride 16 or 8 sets the first one or two
-# strides of 2 after the stem to 1. The stem's stays 2: 1 was slower and less accurate on digits.
-STRIDES_DROPPED = {32: 0, 16: 1, 8: 2}  # output stride -> number of strides replaced by 1
-
 
 def make_divisible(value, divisor=8):
-    """Round a number of channels to the nearest multiple of `divisor`, never below 90% of `value`.
+    """Round a number of channels to the nearest multiple of `divisor`, but not below 90% of it.
 
-    Vector units process 8 numbers at a time, so 35 channels would cost as much as 40. The nearest
-    multiple is 32. By the 90% rule, 11.2 becomes 16, not 8. Source: TensorFlow (models, slim/nets).
+    Processors compute 8 or more numbers at a time, so multiples of 8 waste nothing. For example,
+    35 becomes 32. But 11.2 becomes 16, because 8 is below 90% of 11.2.
+    Source: TensorFlow (models, slim/nets).
     """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded if rounded >= 0.9 * value else rounded + divisor
+    if rounded < 0.9 * value:
+        rounded += divisor
+    return rounded
+
+
+def row_strides(output_stride):
+    """Return the stride of each row of BOTTLENECKS, as a list. Raises ValueError.
+
+    Output stride: image size divided by the size of the last feature map. In Table 2 it is
+    224 / 7 = 32: the stem and four rows halve the image. An image of 32 pixels would end as a
+    single pixel. For output stride 16 or 8, the first one or two of these four rows keep the size.
+    The stem always halves it: a stem with stride 1 was slower and less accurate on digits.
+    """
+    if output_stride not in (32, 16, 8):
+        raise ValueError(f"output_stride is {output_stride}: use 32, 16 or 8")
+    strides = [stride for _, _, _, stride in BOTTLENECKS]
+    current = 32
+    for row, stride in enumerate(strides):
+        if stride == 2 and current > output_stride:
+            strides[row] = 1
+            current //= 2
+    return strides
 
 
 def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, activation=True):
@@ -67,12 +83,20 @@ def convolution(in_channels, out_channels, kernel_size, stride=1, groups=1, acti
     The convolution has no bias, because the normalisation would subtract it again.
     ReLU6(x) = min(max(x, 0), 6). A known range loses little accuracy in 8-bit arithmetic (§4).
     """
+    conv = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        groups=groups,
+        bias=False,
+    )
     layers = nn.Sequential()
-    options = {"stride": stride, "padding": kernel_size // 2, "groups": groups, "bias": False}
-    layers.conv = nn.Conv2d(in_channels, out_channels, kernel_size, **options)
-    layers.norm = nn.BatchNorm2d(out_channels)
+    layers.add_module("conv", conv)  # a layer with a name: layers.conv
+    layers.add_module("norm", nn.BatchNorm2d(out_channels))
     if activation:
-        layers.activation = nn.ReLU6(inplace=True)
+        layers.add_module("activation", nn.ReLU6(inplace=True))
     return layers
 
 
@@ -104,7 +128,9 @@ class InvertedResidual(nn.Module):
             raise ValueError(f"stride is {stride}: use 1 or 2")
         wide = in_channels * expansion
         # The first block has t = 1 and no expansion, as in TensorFlow's and torchvision's code.
-        self.expand = nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1)
+        self.expand = nn.Identity()
+        if expansion > 1:
+            self.expand = convolution(in_channels, wide, 1)
         # groups = channels: one 3×3 filter per channel.
         self.depthwise = convolution(wide, wide, 3, stride, groups=wide)
         self.project = convolution(wide, out_channels, 1, activation=False)
@@ -115,7 +141,9 @@ class InvertedResidual(nn.Module):
         out = self.expand(x)  #         (N, 16, 112, 112) -> (N, 96, 112, 112)
         out = self.depthwise(out)  #    (N, 96, 112, 112) -> (N, 96, 56, 56)
         out = self.project(out)  #      (N, 96, 56, 56)   -> (N, 24, 56, 56)
-        return x + out if self.use_residual else out
+        if self.use_residual:
+            out = x + out
+        return out
 
 
 class MobileNetV2(nn.Module):
@@ -141,23 +169,21 @@ class MobileNetV2(nn.Module):
             raise ValueError(f"num_classes is {num_classes}: use 1 or more")
         if not 0.05 <= width_mult <= 4:
             raise ValueError(f"width_mult is {width_mult}: use a value from 0.05 to 4")
-        if output_stride not in STRIDES_DROPPED:
-            raise ValueError(f"output_stride is {output_stride}: use 32, 16 or 8")
         # A checkpoint stores these arguments, so that it can rebuild the network.
-        self.arch = {"num_classes": num_classes, "width_mult": width_mult}
-        self.arch |= {"dropout": dropout, "output_stride": output_stride}
-        strides = [2] + [stride for _, _, _, stride in BOTTLENECKS]  # the stem's, then the rows'
-        reductions = [index for index, stride in enumerate(strides) if stride == 2]
-        for index in reductions[1 : 1 + STRIDES_DROPPED[output_stride]]:
-            strides[index] = 1  # differs from Table 2: less shrinking
+        self.arch = {
+            "num_classes": num_classes,
+            "width_mult": width_mult,
+            "dropout": dropout,
+            "output_stride": output_stride,
+        }
         channels = make_divisible(STEM_CHANNELS * width_mult)
-        self.stem = convolution(3, channels, 3, strides[0])
+        self.stem = convolution(3, channels, 3, stride=2)
         self.blocks = nn.Sequential()
-        for (expansion, row_channels, repeats, _), row_stride in zip(BOTTLENECKS, strides[1:]):
-            out_channels = make_divisible(row_channels * width_mult)
-            for repeat in range(repeats):
+        for (t, c, n, _), row_stride in zip(BOTTLENECKS, row_strides(output_stride)):
+            out_channels = make_divisible(c * width_mult)
+            for repeat in range(n):
                 stride = row_stride if repeat == 0 else 1
-                self.blocks.append(InvertedResidual(channels, out_channels, stride, expansion))
+                self.blocks.append(InvertedResidual(channels, out_channels, stride, t))
                 channels = out_channels
         head_channels = make_divisible(HEAD_CHANNELS * max(1.0, width_mult))
         self.head = convolution(channels, head_channels, 1)
@@ -182,8 +208,10 @@ def initialise(module):
     """Set the initial weights of one layer. The paper gives none; these are torchvision's.
 
     Convolutions: normal with variance 2 / (kernel area · output channels), the "fan out" of He et
-    al. (arXiv:1502.01852), which keeps gradients of similar size in all layers. A depthwise
-    convolution is counted as a dense one. Classifier: std 0.01. BatchNorm keeps PyTorch's 1 and 0.
+    al. (arXiv:1502.01852), which keeps gradients of similar size in all layers. For a depthwise
+    convolution PyTorch counts all output channels, so its weights start smaller than the rule asks
+    for; the BatchNorm that follows corrects the scale. Classifier: std 0.01.
+    BatchNorm keeps PyTorch's 1 and 0.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -208,17 +236,22 @@ def torchvision_names():
     block, `conv` lists expansion (not in the first block), depthwise, projection and its norm.
     """
     names = {"stem.conv": "features.0.0", "stem.norm": "features.0.1"}
-    expansions = [expansion for expansion, _, repeats, _ in BOTTLENECKS for _ in range(repeats)]
-    for index, expansion in enumerate(expansions):
-        ours, theirs = f"blocks.{index}", f"features.{index + 1}.conv"
-        parts = ["depthwise"] if expansion == 1 else ["expand", "depthwise"]
-        for position, part in enumerate(parts):
-            names[f"{ours}.{part}.conv"] = f"{theirs}.{position}.0"
-            names[f"{ours}.{part}.norm"] = f"{theirs}.{position}.1"
-        names[f"{ours}.project.conv"] = f"{theirs}.{len(parts)}"
-        names[f"{ours}.project.norm"] = f"{theirs}.{len(parts) + 1}"
-    names |= {"head.conv": "features.18.0", "head.norm": "features.18.1"}
-    return names | {"classifier": "classifier.1"}
+    index = 0
+    for t, _, n, _ in BOTTLENECKS:
+        for _ in range(n):
+            ours = f"blocks.{index}"
+            theirs = f"features.{index + 1}.conv"
+            parts = ["depthwise"] if t == 1 else ["expand", "depthwise"]
+            for position, part in enumerate(parts):
+                names[f"{ours}.{part}.conv"] = f"{theirs}.{position}.0"
+                names[f"{ours}.{part}.norm"] = f"{theirs}.{position}.1"
+            names[f"{ours}.project.conv"] = f"{theirs}.{len(parts)}"
+            names[f"{ours}.project.norm"] = f"{theirs}.{len(parts) + 1}"
+            index += 1
+    names["head.conv"] = "features.18.0"
+    names["head.norm"] = "features.18.1"
+    names["classifier"] = "classifier.1"
+    return names
 
 
 def rename(state_dict, names):
@@ -227,7 +260,7 @@ def rename(state_dict, names):
     for key, tensor in state_dict.items():
         layer, _, kind = key.rpartition(".")
         if layer not in names:
-            raise CheckpointError(f"'{key}' is not a weight of MobileNetV2: use another file")
+            raise CheckpointError(f"'{key}' is not a weight of MobileNetV2")
         renamed[f"{names[layer]}.{kind}"] = tensor
     return renamed
 
@@ -244,10 +277,23 @@ def to_torchvision(state_dict):
 
 # ------------------------------------------------------------------------------------- checkpoints
 IMAGENET_URL = "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth"
-# torchvision's for MobileNet_V2_Weights.IMAGENET1K_V2: shorter side 232 pixels, the central 224.
-IMAGENET_PREPROCESSING = {"image_size": 224, "crop": 224 / 232, "channels": 3}
-IMAGENET_PREPROCESSING |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-warnings.filterwarnings("ignore", "Detected pickle protocol")  # the CheckpointError is enough
+# torchvision's for MobileNet_V2_Weights.IMAGENET1K_V2
+IMAGENET_PREPROCESSING = {
+    "image_size": 224,
+    "crop": 224 / 232,  # of the shorter side
+    "channels": 3,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+}
+# Names and types of the entries of a checkpoint, and of its preprocessing.
+CHECKPOINT = {
+    "model": dict,
+    "arch": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "history": list,
+}
+PREPROCESSING = {"image_size": int, "mean": list, "std": list}
 
 
 class CheckpointError(ValueError):
@@ -261,12 +307,17 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **training_
     preprocessing: dict with image_size, crop (used share of the shorter side), channels (1 is
     grayscale), mean and std (of pixels in 0..1). training_state: optimizer and so on, to resume.
     """
-    weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
-    checkpoint = {"model": weights, "arch": dict(model.arch), "classes": list(classes)}
-    checkpoint |= {"preprocessing": dict(preprocessing), "history": list(history)}
+    checkpoint = {
+        "model": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
+        "arch": dict(model.arch),
+        "classes": list(classes),
+        "preprocessing": dict(preprocessing),
+        "history": list(history),
+        **training_state,
+    }
     # torch.save stores the file's name inside the file. A buffer has none: equal runs, equal bytes.
     buffer = io.BytesIO()
-    torch.save(checkpoint | training_state, buffer)
+    torch.save(checkpoint, buffer)
     write_file(path, buffer.getvalue())
 
 
@@ -282,58 +333,13 @@ def write_file(path, contents):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # adds the file's name
-
-
-def read_checkpoint(source):
-    """Read a file, or download 'imagenet'. A damaged file may raise any exception."""
-    # A pickle can run any code when it is loaded. weights_only=True accepts only data.
-    safe = {"map_location": "cpu", "weights_only": True}
-    if source == "imagenet":  # 13.6 MB, downloaded once
-        checkpoint = torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **safe)
-    else:
-        if Path(source).exists() and not Path(source).is_file():  # a pipe may never end
-            raise ValueError("no regular file")
-        if zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip():
-            raise ValueError("damaged: a checksum differs")
-        checkpoint = torch.load(source, **safe)
-    if "features.0.0.weight" not in checkpoint:
-        return checkpoint
-    weights = from_torchvision(checkpoint)  # torchvision's files have only weights
-    width_mult = len(weights["blocks.16.project.norm.bias"]) / BOTTLENECKS[-1][1]
-    arch = {"num_classes": len(weights["classifier.bias"]), "width_mult": width_mult}
-    about = {"classes": [], "preprocessing": IMAGENET_PREPROCESSING, "history": []}
-    return {"model": weights, "arch": arch} | about
-
-
-def check_values(model, checkpoint):
-    """Raise ValueError, with the part of the checkpoint, for values that no script can use."""
-    part = "model"
-    try:  # `format` in the last check fails for a missing key, and for a value of another type
-        weights = checkpoint["model"].values()
-        if any(w.is_meta or w.untyped_storage().nbytes() < w.nbytes for w in weights):
-            raise ValueError("weights that are larger than the file")
-        logits = model.float().eval()(torch.zeros(1, 3, 8, 8))  # fails for unusual tensors
-        if not logits.isfinite().all() or not 0 <= model.dropout.p <= 1:
-            raise ValueError("NaN or infinity")
-        part, names, count = "classes", checkpoint["classes"], model.arch["num_classes"]
-        if names != [str(name).encode().decode() for name in names] or len(names) not in (0, count):
-            raise ValueError(f"{len(names)} names, {count} classes")
-        part, values = "preprocessing", {"crop": 1, "channels": 3} | checkpoint["preprocessing"]
-        size, crop, channels, *scale = (values[key] for key in IMAGENET_PREPROCESSING)
-        mean, std = torch.tensor(scale).view(2, 3)
-        usable = type(size) is type(channels) is int and 8 <= size <= 1024 and channels in (1, 3)
-        if not (usable and 0 < crop <= 1 and std.min() > 0 and (mean / std + std).isfinite().all()):
-            raise ValueError("a value is out of range")
-        part, row = "history", "{stage:s} {epoch:f} {train_loss:f} {train_top1:f} {val_loss:f}"
-        if not all(row.format(**r) and 0 <= r["val_top1"] <= 1 for r in checkpoint["history"]):
-            raise ValueError("a value is out of range")
-    except Exception as error:
-        raise ValueError(f"{part}: {type(error).__name__}: {error}") from error
+        raise OSError(
+            error.errno, error.strerror, str(path)
+        ) from error  # adds the file's name
 
 
 def load_checkpoint(source, output_stride=None):
-    """Load a network with its weights. Returns (model in eval mode on the CPU, checkpoint dict).
+    """Load a network with its weights. Returns (model in float32 and eval mode, checkpoint dict).
 
     source: path of a checkpoint, path of torchvision's weights, or 'imagenet'.
     output_stride: None keeps the checkpoint's. The weights fit all three values.
@@ -341,25 +347,99 @@ def load_checkpoint(source, output_stride=None):
     """
     try:
         checkpoint = read_checkpoint(source)
-        arch = checkpoint["arch"] | ({"output_stride": output_stride} if output_stride else {})
-        with torch.device("meta"):  # no memory and no random numbers until the file's tensors come
-            model = MobileNetV2(**arch)
-        model.load_state_dict(checkpoint["model"], strict=True, assign=True)
-        check_values(model, checkpoint)
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        if isinstance(error, pickle.UnpicklingError):  # torch would suggest weights_only=False
-            reason = "damaged, or more than tensors and plain values"
+        check_entries(checkpoint, CHECKPOINT)
+        check_entries(checkpoint["preprocessing"], PREPROCESSING, "its preprocessing")
+        model = build_network(checkpoint, output_stride)
+    except CheckpointError as error:
         fix = "make a checkpoint with train.py or finetune.py, or use imagenet"
         if source == "imagenet":
             fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
-        message = f"cannot load '{source}' ({reason[:300]}): {fix}"
-        raise CheckpointError(" ".join(message.split())) from error
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load '{source}' ({reason}): {fix}") from error
     return model, checkpoint
 
 
+def read_checkpoint(source):
+    """Read a file, or download 'imagenet'. Returns a checkpoint. Raises CheckpointError."""
+    # A pickle can run any code when it is loaded. weights_only=True accepts only data.
+    safe = {"map_location": "cpu", "weights_only": True}
+    try:
+        if source == "imagenet":  # 13.6 MB, downloaded once
+            contents = torch.hub.load_state_dict_from_url(
+                IMAGENET_URL, check_hash=True, **safe
+            )
+        else:
+            check_file(Path(source))
+            contents = torch.load(source, **safe)
+    except pickle.UnpicklingError as error:  # torch would suggest weights_only=False
+        raise CheckpointError("damaged, or more than tensors and plain values") from error
+    except OSError as error:
+        raise CheckpointError(error.strerror or error) from error
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        raise CheckpointError(error) from error
+    if not isinstance(contents, dict) or "features.0.0.weight" not in contents:
+        return contents
+    # torchvision's files have only weights.
+    weights = from_torchvision(contents)
+    last_projection = weights["blocks.16.project.norm.bias"]
+    return {
+        "model": weights,
+        "arch": {
+            "num_classes": len(weights["classifier.bias"]),
+            "width_mult": len(last_projection) / BOTTLENECKS[-1][1],
+        },
+        "classes": [],
+        "preprocessing": IMAGENET_PREPROCESSING,
+        "history": [],
+    }
+
+
+def check_file(path):
+    """Raise CheckpointError for a file that should not be read, or whose bytes have changed."""
+    if path.exists() and not path.is_file():  # a pipe may never end
+        raise CheckpointError("no regular file")
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        raise CheckpointError("damaged: a checksum differs")
+
+
+def check_entries(values, kinds, place="the file"):
+    """Raise CheckpointError if a dict lacks an entry, or has one of another type."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{place} has a {type(values).__name__}, not a dict")
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise CheckpointError(f"{place} has no '{name}' of type {kind.__name__}")
+
+
+def build_network(checkpoint, output_stride):
+    """Build the network of a checkpoint. Returns it in eval mode. Raises CheckpointError."""
+    arch = dict(checkpoint["arch"])
+    if output_stride is not None:
+        arch["output_stride"] = output_stride
+    try:
+        # The weights replace the initial ones, so the caller's random numbers should stay.
+        with torch.random.fork_rng(devices=[]):
+            model = MobileNetV2(**arch)
+        model.load_state_dict(checkpoint["model"], strict=True)
+    except (TypeError, ValueError, RuntimeError) as error:  # other arguments, keys or shapes
+        raise CheckpointError(error) from error
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.zeros(1, 3, 8, 8))
+    if not logits.isfinite().all():
+        raise CheckpointError("its weights contain NaN or infinity")
+    names = len(checkpoint["classes"])
+    if names not in (0, model.arch["num_classes"]):
+        raise CheckpointError(f"{names} names, {model.arch['num_classes']} classes")
+    return model
+
+
 def load_pretrained(source, num_classes, output_stride=None):
-    """Load a network as `load_checkpoint` does; another `num_classes` gets a new classifier."""
+    """Load a network for your own classes: load_pretrained("imagenet", num_classes=5).
+
+    Like `load_checkpoint`, but a network for another number of classes gets a new classifier, and
+    only the network is returned. For programs of your own; the scripts need the checkpoint as well.
+    """
     model, _ = load_checkpoint(source, output_stride)
     if num_classes != model.arch["num_classes"]:
         replace_classifier(model, num_classes)
@@ -372,8 +452,11 @@ def count_parameters(model, batch_norm=True):
 
     At width 1.0 that is 3,504,872 or 3,470,760. Table 4 of the paper has 3.4M, the latter cut off.
     """
-    layers = [m for m in model.modules() if batch_norm or not isinstance(m, nn.BatchNorm2d)]
-    return sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
+    count = 0
+    for layer in model.modules():
+        if batch_norm or not isinstance(layer, nn.BatchNorm2d):
+            count += sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    return count
 
 
 def measure_layers(module, shape):
@@ -403,41 +486,63 @@ def count_macs(model, image_size=224):
 
 def table2(model, image_size):
     """Format Table 2 of the paper with the measured shapes and costs of `model`."""
+    columns = "{:<15} {:>12} {:>12} {:>3} {:>5} {:>2} {:>2} {:>10} {:>13}"
+    header = ("operator", "input", "output", "t", "c", "n", "s", "parameters", "multiply-adds")
+    lines = [columns.format(*header)]
     rows = [("conv2d 3×3", "-", 1, model.stem)]  # operator, t, n, part of the network
     first = 0
-    for expansion, _, repeats, _ in BOTTLENECKS:
-        rows.append(("bottleneck", expansion, repeats, model.blocks[first : first + repeats]))
-        first += repeats
-    rows += [("conv2d 1×1", "-", 1, model.head), ("avgpool, linear", "-", 1, model.classifier)]
-    line = "{:<15} {:>12} {:>12} {:>3} {:>5} {:>2} {:>2} {:>10} {:>13}".format
-    text = [line("operator", "input", "output", "t", "c", "n", "s", "parameters", "multiply-adds")]
+    for t, _, n, _ in BOTTLENECKS:
+        rows.append(("bottleneck", t, n, model.blocks[first : first + n]))
+        first += n
+    rows.append(("conv2d 1×1", "-", 1, model.head))
     shape = (3, image_size, image_size)
-    for operator, expansion, repeats, part in rows:
-        measured = measure_layers(part, shape[:1] if part is model.classifier else shape)
-        source, shape = measured[0][0], measured[-1][1]  # (C, H, W), or (C) for the classifier
-        stride = round(source[1] / shape[1]) if len(shape) == 3 else "-"
-        shapes = ["×".join(map(str, sizes)) for sizes in (source, shape)]
-        costs = f"{count_parameters(part):,}", f"{sum(macs for _, _, macs in measured):,}"
-        text.append(line(operator, *shapes, expansion, shape[0], repeats, stride, *costs))
-    total = f"{count_parameters(model):,}", f"{count_macs(model, image_size):,}"
-    text.append(line("total", *[""] * 6, *total))
-    text.append(f"parameters without BatchNorm: {count_parameters(model, batch_norm=False):,}")
-    return "\n".join(text)
+    for operator, t, n, part in rows:
+        source = shape
+        measured = measure_layers(part, source)
+        _, shape, _ = measured[-1]
+        sizes = ["×".join(map(str, source)), "×".join(map(str, shape))]
+        stride = round(source[1] / shape[1])
+        costs = format_costs(part, measured)
+        lines.append(columns.format(operator, *sizes, t, shape[0], n, stride, *costs))
+    measured = measure_layers(model.classifier, shape[:1])
+    cells = ["avgpool, linear", shape[0], model.classifier.out_features, "-"]
+    cells += [model.classifier.out_features, 1, "-", *format_costs(model.classifier, measured)]
+    lines.append(columns.format(*cells))
+    measured = measure_layers(model, (3, image_size, image_size))
+    lines.append(columns.format("total", *[""] * 6, *format_costs(model, measured)))
+    lines.append(
+        f"parameters without BatchNorm: {count_parameters(model, batch_norm=False):,}"
+    )
+    return "\n".join(lines)
+
+
+def format_costs(part, measured):
+    return f"{count_parameters(part):,}", f"{sum(macs for _, _, macs in measured):,}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print Table 2 with measured shapes and costs.")
-    parser.add_argument("--width", type=float, default=1.0, help="width multiplier (default: 1.0)")
-    parser.add_argument("--image-size", type=int, default=224, help="side in pixels (default: 224)")
-    text = "ratio of image to last feature map: 32, 16 or 8 (default: 32)"
-    parser.add_argument("--output-stride", type=int, default=32, help=text)
-    parser.error = lambda message: parser.exit(2, f"mobilenetv2.py: {message}\n")  # one line
+    parser = argparse.ArgumentParser(
+        description="Print Table 2 with measured shapes and costs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--width", type=float, default=1.0, help="width multiplier")
+    parser.add_argument("--image-size", type=int, default=224, help="image side in pixels")
+    parser.add_argument(
+        "--output-stride",
+        type=int,
+        default=32,
+        help="ratio of image to last feature map: 32, 16 or 8",
+    )
     args = parser.parse_args()
     try:
         model = MobileNetV2(width_mult=args.width, output_stride=args.output_stride)
         print(table2(model, args.image_size))
-    except Exception as error:  # a size may be too large for PyTorch, or for Python
-        parser.error(f"{str(error).splitlines()[0]}: use another value")
+    except (
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # PyTorch has its own largest size
+        parser.exit(2, f"mobilenetv2.py: {str(error).splitlines()[0]}: use another value\n")
 
 
 if __name__ == "__main__":

@@ -5,21 +5,23 @@
     python train.py --resume                       # continue an interrupted run
     torchrun --nproc-per-node 8 train.py ...       # on 8 GPUs, or in 8 processes on CPUs
 
-`main` shows the whole training: each epoch trains, validates and saves. Terms used here:
+Read `train_epoch` (the batches of an epoch), `fit` (the epochs of a run) and `main`. Bookkeeping
+follows. Two functions of evaluate.py are used here: `predict` runs the network on all images of a
+split, and `score` compares its logits with the labels. Terms used here:
 
     epoch       one pass over the training images (several passes for small datasets)
     warm-up     the first steps, in which the learning rate rises to its peak
     top1        share of images whose most probable class is correct
+    rank        number of a process of torchrun; rank 0 prints and writes the files
     best.pt     checkpoint of the last epoch within one standard error of the best validation top1
     last.pt     checkpoint of the latest epoch, with everything that --resume needs
 """
 
-import copy
 import math
 import os
 import sys
+import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import distributed, nn
@@ -27,22 +29,56 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+import cli
 import data
 from evaluate import plot_history, predict, score, write_table
 from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint
 
-DEFAULTS = {"data": "glyphs", "out": Path("runs/train"), "recipe": "small", "width": 0.5}
-DEFAULTS |= {"output_stride": 16, "weight_decay": 4e-5}
-RECIPE_OPTIONS = ("optimizer", "schedule", "learning_rate", "batch_size", "epochs")
+# A recipe may set any training option. The command line overrides it.
 RECIPES = {
     # For small images and few epochs; chosen on the validation letters.
-    "small": ("sgd", "cosine", 0.1, 64, 3),
-    # The paper, §6.1: 16 GPUs, each with updates of its own from batches of 96; no epochs given.
-    "paper": ("rmsprop", "exponential", 0.045, 96, 300),
+    "small": {
+        "optimizer": "sgd",
+        "schedule": "cosine",
+        "learning_rate": 0.1,
+        "batch_size": 64,
+        "epochs": 3,
+        "warmup": 0.1,  # share of all steps
+        "weight_decay": 4e-5,
+        "label_smoothing": 0.1,
+    },
+    # The paper, §6.1. It used 16 GPUs, each with updates of its own from batches of 96, and does
+    # not say how many epochs, or whether labels were smoothed.
+    "paper": {
+        "optimizer": "rmsprop",
+        "schedule": "exponential",
+        "learning_rate": 0.045,
+        "batch_size": 96,
+        "epochs": 300,
+        "warmup": 0.0,
+        "weight_decay": 4e-5,
+        "label_smoothing": 0.1,
+    },
     # 72% on ImageNet in https://github.com/d-li14/mobilenetv2.pytorch, which differs from this
-    # script: no warm-up, no Nesterov momentum, and weight decay also for BatchNorm.
-    "cosine": ("sgd", "cosine", 0.05, 256, 150),
+    # script: no warm-up, no Nesterov momentum, no label smoothing, and weight decay also for
+    # BatchNorm.
+    "cosine": {
+        "optimizer": "sgd",
+        "schedule": "cosine",
+        "learning_rate": 0.05,
+        "batch_size": 256,
+        "epochs": 150,
+        "warmup": 0.1,
+        "weight_decay": 4e-5,
+        "label_smoothing": 0.1,
+    },
 }
+# A resumed run may change these options. All others are as in last.pt.
+OPTIONS_OF_A_CALL = ("out", "data_dir", "device", "workers", "resume", "overwrite")
+
+
+class DivergedError(cli.UserError):
+    """The loss is not finite."""
 
 
 def train_epoch(model, batches, optimizer, scheduler, loss_function):
@@ -55,70 +91,134 @@ def train_epoch(model, batches, optimizer, scheduler, loss_function):
     Returns {"train_loss", "train_top1"}, means over the images (of this process).
     """
     device = next(model.parameters()).device
-    loss_sum, correct, count = torch.zeros((), device=device), 0, 0
+    # Keep the sums on the device: `.item()` in every step would make a GPU wait.
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    count = 0
     for inputs, labels in batches:
-        inputs, labels = inputs.to(device), labels.to(device)
+        inputs = inputs.to(device)
+        labels = labels.to(device)
         logits = model(inputs)
         loss = loss_function(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-        # Keep the sums on the device: `.item()` in every step would make a GPU wait.
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
         count += len(labels)
     return {"train_loss": loss_sum.item() / count, "train_top1": correct.item() / count}
 
 
+def fit(
+    model,
+    train_batches,
+    val_batches,
+    optimizer,
+    scheduler,
+    loss_function,
+    *,
+    history,
+    epochs,
+    save,
+    stage="scratch",
+    seed=0,
+    amp="off",
+    training_mode=nn.Module.train,
+):
+    """Train until `history` has `epochs` epochs of this stage: train, validate, record, save.
+
+    Args:
+        history: list of the rows of log.csv, one dict per epoch. New rows are appended.
+        save: function of (history, optimizer, scheduler), called after each epoch.
+        training_mode: function that puts the layers of `model` that learn into training mode.
+    Raises DivergedError if the loss is not finite.
+    """
+    trained = wrap(model, amp)
+    for _ in range(count_epochs(history, stage), epochs):
+        epoch = len(history) + 1
+        set_epoch_seed(seed, epoch)
+        training_mode(model)
+        row = {"epoch": epoch, "stage": stage}
+        batches = show_progress(train_batches, f"{stage} {epoch:3}")
+        row.update(train_epoch(trained, batches, optimizer, scheduler, loss_function))
+        row.update(validate(model, val_batches))
+        row["learning_rate"] = scheduler.get_last_lr()[-1]  # at the end of the epoch
+        if not math.isfinite(row["train_loss"] + row["val_loss"]):
+            fix = "lower --learning-rate and use --overwrite"
+            raise DivergedError(f"the loss is not finite: {fix}")
+        history.append(row)
+        save(history, optimizer, scheduler)
+
+
 def validate(model, batches):
-    """Return {"val_loss", "val_top1"}: cross-entropy, and share of correct predictions."""
-    if data.PROCESSES > 1:
-        for buffer in model.buffers():  # process 0 (rank 0) saves: all use its running statistics
-            distributed.broadcast(buffer, 0)
-    logits, labels = predict(model, batches)
-    scores = score(logits, labels)
-    sums = len(labels) * torch.tensor([scores["loss"], scores["top1"], 1], dtype=torch.double)
-    if data.PROCESSES > 1:  # each process has validated its share
-        distributed.all_reduce(sums)
-    loss, correct, count = sums.tolist()
-    return {"val_loss": loss / count, "val_top1": correct / count}
+    """Return the scores of the validation images: {"val_loss", "val_top1", ...}, as `score`."""
+    synchronise_buffers(model)
+    logits, labels = gather(*predict(model, batches))
+    return {f"val_{name}": value for name, value in score(logits, labels).items()}
+
+
+def count_epochs(history, stage):
+    return sum(row["stage"] == stage for row in history)
 
 
 def main():
-    args, last = parse_arguments("Train MobileNetV2 from scratch.", DEFAULTS)
-    set_defaults(args, dict(zip(RECIPE_OPTIONS, RECIPES[args.recipe])))
+    parser = cli.make_parser(__doc__, data="glyphs", out="runs/train")
+    cli.add_device(parser)
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default="small",
+        help="optimizer, schedule and other defaults",
+    )
+    parser.add_argument(
+        "--width", type=cli.in_range(float, 0.05, 4), default=0.5, help="width multiplier"
+    )
+    parser.add_argument(
+        "--output-stride",
+        type=int,
+        choices=(8, 16, 32),
+        default=16,
+        help="ratio of image to last feature map",
+    )
+    add_training_options(parser)
+    args = cli.parse(parser)
+    last = read_last(args)
+    use_defaults(args, RECIPES[args.recipe])
     if args.epochs < 1:
-        raise data.DataError(f"--epochs {args.epochs}: use at least 1")
+        parser.error(f"argument --epochs: {args.epochs}: use at least 1")
     start(args)
+
     dataset = data.load_for(args)
-    train_batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
-    steps, classes = len(train_batches), len(dataset.classes)
+    train_batches = dataset.batches("train", augmented=True)
+    val_batches = dataset.batches("val")
+    steps = len(train_batches)
+    classes = len(dataset.classes)
     print(f"{args.data}: {classes} classes, {args.epochs} × {steps} steps, on {args.device}")
     model = MobileNetV2(classes, args.width, output_stride=args.output_stride)
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
-    wrapped = wrap(model, args)
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    if args.optimizer == "rmsprop":  # decay and momentum: §6.1; eps: TensorFlow's models/slim
-        optimizer = torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)
-    factor = partial(cosine, steps=args.epochs * steps)
-    if args.schedule == "exponential":
-        factor = partial(exponential, steps_per_epoch=steps)
-    scheduler = LambdaLR(optimizer, factor)  # multiplies the peak learning rate
-    loss_function, history = make_loss(args), last["history"] if last else []
-    if last:
+    optimizer = make_optimizer(args.optimizer, groups)
+    scheduler = make_scheduler(args.schedule, optimizer, steps, args.epochs, args.warmup)
+    loss_function = make_loss(args.loss, args.label_smoothing)
+    history = []
+    if last is not None:
         check_classes(last, dataset)
         restore(args, last, model, optimizer, scheduler)
-    while len(history) < args.epochs:
-        # A seed per epoch and process, for order, augmentation and dropout: --resume repeats them.
-        torch.manual_seed(hash((args.seed, len(history), data.RANK)))
-        model.train()
-        row = train_epoch(wrapped, train_batches, optimizer, scheduler, loss_function)
-        row |= validate(model, val_batches)
-        row |= {"learning_rate": scheduler.get_last_lr()[-1]}  # at the end of the epoch
-        history.append({"epoch": len(history) + 1, "stage": "scratch"} | row)
-        save_epoch(args, model, dataset, history, optimizer, scheduler)
+        history = last["history"]
+    fit(
+        model,
+        train_batches,
+        val_batches,
+        optimizer,
+        scheduler,
+        loss_function,
+        history=history,
+        epochs=args.epochs,
+        save=partial(save_epoch, args, model, dataset),
+        seed=args.seed,
+        amp=args.amp,
+    )
     finish(args, dataset, history)
 
 
@@ -128,28 +228,73 @@ def parameter_groups(parameters, learning_rate, weight_decay):
 
     Biases have none, nor do BatchNorm's scale and shift (Goyal et al., arXiv:1706.02677, §5.1).
     """
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    decayed = []
+    others = []
     for parameter in parameters:
-        groups[0 if parameter.dim() > 1 else 1]["params"].append(parameter)
-    return [group | {"lr": learning_rate} for group in groups if group["params"]]
+        if parameter.dim() > 1:
+            decayed.append(parameter)
+        else:
+            others.append(parameter)
+    groups = [
+        {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": others, "lr": learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
-def cosine(step, steps):
+def make_optimizer(name, groups):
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    if name == "rmsprop":  # decay and momentum: §6.1; eps: TensorFlow's models/slim
+        return torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, eps=1.0)
+    raise cli.UserError(f"unknown optimizer '{name}': use sgd or rmsprop")
+
+
+def make_scheduler(name, optimizer, steps_per_epoch, epochs, warmup=0.1):
+    """Make a scheduler that multiplies the peak learning rate by a factor after every step."""
+    if name == "cosine":
+        factor = partial(cosine, steps=epochs * steps_per_epoch, warmup=warmup)
+    elif name == "exponential":
+        factor = partial(exponential, steps_per_epoch=steps_per_epoch)
+    else:
+        raise cli.UserError(f"unknown schedule '{name}': use cosine or exponential")
+    return LambdaLR(optimizer, factor)
+
+
+def cosine(step, steps, warmup=0.1):
     """Compute the learning-rate factor: linear warm-up to 1, then a cosine down to 0.
 
-    During the warm-up (Goyal et al., §2.2) the gradients of a new network change quickly. The
-    cosine is equation 5 of Loshchilov and Hutter, arXiv:1608.03983, without restarts.
+    During the warm-up (Goyal et al., §2.2), a share of the steps, the gradients of a new network
+    change quickly. The cosine is equation 5 of Loshchilov and Hutter, arXiv:1608.03983, without
+    restarts.
     """
-    warmup = 0.1 * steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = torch.tensor((step - warmup) / (steps - warmup), dtype=torch.double)
-    return 0.5 * (1 + torch.cos(torch.pi * progress).item())
+    warmup_steps = warmup * steps
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def exponential(step, steps_per_epoch):
     """Compute the learning-rate factor of the paper: 0.98 per epoch (§6.1)."""
     return 0.98 ** (step // steps_per_epoch)
+
+
+def make_loss(name, label_smoothing=0.0):
+    """Return the loss function: (logits (N, C), labels (N,)) -> scalar."""
+    if name == "cross-entropy":
+        # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that logits
+        # need not grow without limit (Szegedy et al., arXiv:1512.00567, §7). cross_entropy applies
+        # softmax.
+        return partial(functional.cross_entropy, label_smoothing=label_smoothing)
+    if name == "focal":
+        return focal_loss
+    if name == "dice":
+        return dice_loss
+    raise cli.UserError(f"unknown loss '{name}': use {', '.join(LOSSES)}")
+
+
+LOSSES = ("cross-entropy", "focal", "dice")
 
 
 def focal_loss(logits, labels, gamma=2.0):
@@ -169,16 +314,10 @@ def dice_loss(logits, labels):
     and true class, so a rare class counts as much as a frequent one. The 1 keeps D defined for an
     absent class. Milletari et al., arXiv:1606.04797, §3.
     """
-    p, g = logits.softmax(dim=1), functional.one_hot(labels, logits.shape[1])  # (N, C) each
+    p = logits.softmax(dim=1)  # (N, C)
+    g = functional.one_hot(labels, logits.shape[1])  # (N, C)
     overlap = (2 * (p * g).sum(dim=0) + 1) / (p.square().sum(dim=0) + g.sum(dim=0) + 1)  # (C,)
     return 1 - overlap.mean()
-
-
-def make_loss(args):
-    # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that logits need
-    # not grow without limit (Szegedy et al., arXiv:1512.00567, §7). cross_entropy applies softmax.
-    cross_entropy = partial(functional.cross_entropy, label_smoothing=args.label_smoothing)
-    return {"cross-entropy": cross_entropy, "focal": focal_loss, "dice": dice_loss}[args.loss]
 
 
 # ------------------------------------------------------------------- mixed precision and torchrun
@@ -194,53 +333,149 @@ class MixedPrecision(nn.Module):
             return self.network(x).float()
 
 
-def wrap(network, args):
+def wrap(network, amp):
     """Add mixed precision (--amp) and the averaging of gradients (torchrun) around `network`."""
-    if args.amp == "bfloat16":
+    if amp == "bfloat16":
         network = MixedPrecision(network)
-    return DistributedDataParallel(network) if data.PROCESSES > 1 else network
+    _, processes = data.process_rank()
+    if processes > 1:
+        network = DistributedDataParallel(network)
+    return network
+
+
+def synchronise_buffers(model):
+    """Give all processes the running statistics of rank 0, which saves them."""
+    _, processes = data.process_rank()
+    if processes > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def gather(logits, labels):
+    """Collect the logits and labels of all processes, each of which has predicted its share."""
+    _, processes = data.process_rank()
+    if processes == 1:
+        return logits, labels
+    shares = [None] * processes
+    distributed.all_gather_object(shares, (logits, labels))
+    return torch.cat([pair[0] for pair in shares]), torch.cat([pair[1] for pair in shares])
 
 
 def start(args):
     """Join the processes of torchrun, if there are any, and set the seed."""
-    if data.PROCESSES > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         distributed.init_process_group()  # NCCL for tensors on GPUs, Gloo for the CPU
-        if data.RANK > 0:
-            sys.stdout = open(os.devnull, "w")  # only rank 0 prints
+        if distributed.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
     torch.manual_seed(args.seed)
 
 
+def show_progress(batches, title):
+    """Yield the batches of an iterable with a length. Prints a line every 15 seconds."""
+    begun = time.monotonic()
+    shown = begun
+    images = 0
+    for number, (inputs, labels) in enumerate(batches, start=1):
+        yield inputs, labels
+        images += len(labels)
+        now = time.monotonic()
+        if now - shown > 15:
+            shown = now
+            rate = images / (now - begun)
+            print(
+                f"{title}  {number} of {len(batches)} batches, {rate:.0f} images/s", flush=True
+            )
+
+
+def set_epoch_seed(seed, epoch):
+    """Set a seed per epoch and process, for order, augmentation and dropout: --resume repeats them.
+
+    The numbers do not meet for fewer than 100,000 epochs and 1,000 processes.
+    """
+    rank, _ = data.process_rank()
+    torch.manual_seed(100_000_000 * seed + 1_000 * epoch + rank)
+
+
 # ------------------------------------------------------------------------ files of a run, options
-def set_defaults(args, defaults):
-    """Set the options that are None, that is, not set on the command line."""
-    known = {name: value for name, value in vars(args).items() if value is not None}
-    vars(args).update(defaults | known)
+def add_training_options(parser):
+    """Add the options that train.py and finetune.py share."""
+    add = parser.add_argument
+    add(
+        "--epochs",
+        type=cli.in_range(int, 0, 10**5),
+        help="epochs; finetune.py: of stage blocks (default: by recipe or dataset)",
+    )
+    add(
+        "--learning-rate",
+        type=cli.in_range(float, 0, 100),
+        help="peak learning rate (default: by recipe or dataset)",
+    )
+    add(
+        "--weight-decay",
+        type=cli.in_range(float, 0, 1),
+        help="weight decay of convolutions and linear layers (default: by recipe or dataset)",
+    )
+    add(
+        "--loss",
+        choices=LOSSES,
+        default="cross-entropy",
+        help="focal: for hard images; dice: for rare classes",
+    )
+    add(
+        "--label-smoothing",
+        type=cli.in_range(float, 0, 1),
+        help="share of the target for all classes, with cross-entropy (default: by recipe or dataset)",
+    )
+    add(
+        "--amp",
+        choices=("off", "bfloat16"),
+        default="off",
+        help="mixed-precision type for the forward pass",
+    )
+    add(
+        "--per-class",
+        type=cli.in_range(int, 1, 10**6),
+        help="training images per class (default: all)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out with its settings, or start it",
+    )
+    add("--overwrite", action="store_true", help="replace the run in --out")
 
 
-def save_epoch(args, model, dataset, history, optimizer, scheduler):
-    """Print the latest row of `history`; write log.csv, last.pt and, if chosen, best.pt."""
-    row = history[-1]
-    if not math.isfinite(row["train_loss"] + row["val_loss"]):
-        raise data.DataError("the loss is not finite: lower --learning-rate and use --overwrite")
-    # Within one standard error, √(p (1 - p) / n), the later epoch wins: often at a lower rate.
-    best = max(row["val_top1"] for row in history)
-    chosen = row["val_top1"] >= best - (best * (1 - best) / len(dataset.splits["val"][1])) ** 0.5
-    text = "{stage} {epoch:3}  train loss {train_loss:.3f} top1 {train_top1:.2%}  "
-    text += "val loss {val_loss:.3f} top1 {val_top1:.2%}" + ("  best.pt" if chosen else "")
-    print(text.format(**row), flush=True)
-    if data.RANK == 0:
-        write_table(args.out / "log.csv", [list(row), *(row.values() for row in history)])
-        about = (model, dataset.classes, dataset.preprocessing, history)
-        if chosen:
-            save_checkpoint(args.out / "best.pt", *about)
-        # last.pt is written last: if the process ends before, --resume repeats the epoch.
-        free = ("out", "data_dir", "device", "workers", "resume", "overwrite")  # may differ
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        state["settings"] = {key: value for key, value in vars(args).items() if key not in free}
-        save_checkpoint(args.out / "last.pt", *about, epoch=len(history), **state)
+def use_defaults(args, defaults):
+    """Set the options that are None or absent: those that the command line does not set."""
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def read_last(args):
+    """Return the checkpoint last.pt of a resumed run, or None; `args` get the run's settings."""
+    path = args.out / "last.pt"
+    if not path.exists():
+        return None
+    if not args.resume:
+        if not args.overwrite:
+            fix = "use --resume, --overwrite or another --out"
+            raise cli.UserError(f"--out {args.out}: contains a run; {fix}")
+        return None
+    _, last = load_checkpoint(path)
+    settings = last.get("settings", {})
+    missing = vars(args).keys() - settings.keys() - set(OPTIONS_OF_A_CALL)
+    if missing:
+        problem = f"this script did not write it, or an earlier version (no {min(missing)})"
+        raise cli.UserError(
+            f"cannot use the settings of '{path}' ({problem}); use another --out"
+        )
+    vars(args).update(settings)
+    print(f"{path}: resumes after epoch {len(last['history'])}, with the run's settings")
+    return last
 
 
 def check_classes(last, dataset):
@@ -249,51 +484,69 @@ def check_classes(last, dataset):
 
 
 def restore(args, last, model, optimizer, scheduler):
-    """Load the states in last.pt. A copy takes two steps, to find states that do not fit."""
-    with data.reading(f"a state in '{args.out / 'last.pt'}' does not fit", "use --overwrite"):
-        for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+    """Load the states in last.pt. Raises CheckpointError for one that does not fit."""
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    for name, part in parts.items():
+        try:
             part.load_state_dict(last[name])
-        trial, schedule = copy.deepcopy((optimizer, scheduler))  # the originals stay as saved
-        trial.state.default_factory = None  # a missing state is a KeyError
-        for parameter in (p for group in trial.param_groups for p in group["params"]):
-            parameter.grad = torch.zeros_like(parameter)
-        trial.step()
-        schedule.step()
-        trial.step()
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            problem = f"'{args.out / 'last.pt'}': its {name} does not fit ({error})"
+            raise CheckpointError(f"{problem}; use --overwrite") from error
+
+
+def save_epoch(args, model, dataset, history, optimizer, scheduler):
+    """Print the latest row of `history`; write log.csv, last.pt and, if chosen, best.pt."""
+    row = history[-1]
+    chosen = is_best(history, images=len(dataset.splits["val"][1]))
+    text = "{stage} {epoch:3}  train loss {train_loss:.3f} top1 {train_top1:.2%}  "
+    text += "val loss {val_loss:.3f} top1 {val_top1:.2%}"
+    if chosen:
+        text += "  best.pt"
+    print(text.format(**row), flush=True)
+    rank, _ = data.process_rank()
+    if rank > 0:
+        return
+    write_table(args.out / "log.csv", history)
+    contents = (model, dataset.classes, dataset.preprocessing, history)
+    if chosen:
+        save_checkpoint(args.out / "best.pt", *contents)
+    # last.pt is written last: if the process ends before, --resume repeats the epoch.
+    settings = {k: value for k, value in vars(args).items() if k not in OPTIONS_OF_A_CALL}
+    save_checkpoint(
+        args.out / "last.pt",
+        *contents,
+        epoch=len(history),
+        optimizer=optimizer.state_dict(),
+        scheduler=scheduler.state_dict(),
+        settings=settings,
+    )
+
+
+def is_best(history, images):
+    """Check whether the latest epoch is within one standard error of the best accuracy.
+
+    images: number of validation images. The later of two similar epochs wins, because its learning
+    rate is usually lower.
+    """
+    best = max(row["val_top1"] for row in history)
+    standard_error = math.sqrt(best * (1 - best) / images)
+    return history[-1]["val_top1"] >= best - standard_error
 
 
 def finish(args, dataset, history):
     """Draw the curves, and print the files and the next command."""
-    if data.RANK == 0:
-        plot_history(history, args.out / "curves.png")
-        if history[-1]["val_loss"] > math.log(len(dataset.classes)):
-            print("warning: guessing has a lower loss; use more epochs or a lower --learning-rate")
-        print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
-        options = f'--data "{args.data}" --out "{args.out}-evaluation"'
-        print(f'next: python evaluate.py --checkpoint "{args.out}/best.pt" {options}')
-
-
-def parse_arguments(description, defaults):
-    """Parse the options. Returns (args, last.pt's checkpoint if the run is resumed, else None)."""
-    shared = {"epochs": None, "batch_size": None, "learning_rate": None}
-    shared |= {"loss": "cross-entropy", "label_smoothing": 0.1, "amp": "off"}
-    shared |= {"per_class": None, "resume": False, "overwrite": False}
-    args = data.parse_arguments(description, shared | defaults)
-    path = args.out / "last.pt"
-    if args.resume and path.exists():
-        _, last = load_checkpoint(path)
-        with data.reading(f"cannot use the settings of '{path}'", "use --overwrite"):
-            own = {"recipe", "unfreeze"} & vars(args).keys()  # train.py's or finetune.py's option
-            if not own <= {*last.get("settings", ())}:
-                raise ValueError("this script did not write it")
-            args = data.parse_arguments(description, shared | defaults, last["settings"])
-            print(f"{path}: resumes after epoch {len(last['history'])}, with the run's settings")
-        return args, last
-    if path.exists() and not args.overwrite:
-        fix = "use --resume, --overwrite or another --out"
-        raise data.DataError(f"--out {args.out}: contains a run; {fix}")
-    return args, None
+    rank, _ = data.process_rank()
+    if rank > 0:
+        return
+    plot_history(history, args.out / "curves.png")
+    if history[-1]["val_loss"] > math.log(len(dataset.classes)):
+        print("warning: guessing has a lower loss; use more epochs or a lower --learning-rate")
+    print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
+    best = args.out / "best.pt"
+    cli.print_next(
+        "evaluate.py", checkpoint=best, data=args.data, out=f"{args.out}-evaluation"
+    )
 
 
 if __name__ == "__main__":
-    data.run(main, CheckpointError)
+    cli.run(main, CheckpointError)

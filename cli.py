@@ -1,0 +1,182 @@
+"""The command line: options that every script has, the device, and errors in one line.
+
+You can skip this file: it has no lesson. Each script builds its options on `make_parser`, reads
+them with `parse`, and starts with `run(main)`.
+"""
+
+import argparse
+import ctypes
+import os
+import shlex
+import signal
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+# Options of mallopt, by their numbers in glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+class UserError(Exception):
+    """A problem that the user can solve. The message names the problem and the fix."""
+
+
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Show the default of an option, unless its help text describes it."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors take one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see --help\n")
+
+
+def in_range(kind, low, high):
+    """Make a `type` for add_argument: an int or float from `low` to `high`, never NaN."""
+
+    def parse_number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: use a value from {low} to {high}")
+        return value
+
+    parse_number.__name__ = kind.__name__  # "invalid int value: 'x'"
+    return parse_number
+
+
+def make_parser(description, data, out, batch_size=None):
+    """Make a parser with the options that every script has, and these defaults."""
+    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--data",
+        default=data,
+        help="dataset (glyphs, digits, mnist, fashion-mnist, cifar10, flowers) or folder of images",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("datasets"),
+        help="folder for downloaded datasets",
+    )
+    add("--out", type=Path, default=Path(out), help="folder for the results")
+    add(
+        "--image-size",
+        type=in_range(int, 8, 1024),
+        help="image side in pixels (default: the checkpoint's, or the dataset's)",
+    )
+    add(
+        "--batch-size",
+        type=in_range(int, 2, 65536),
+        default=batch_size,
+        help="images per step, all processes together"
+        + ("" if batch_size else " (default: the recipe's)"),
+    )
+    add(
+        "--workers",
+        type=in_range(int, 0, 64),
+        # On a CPU, workers would compete with the network.
+        default=4 if torch.cuda.is_available() else 0,
+        help="processes that decode photos",
+    )
+    add("--seed", type=in_range(int, 0, 10**6), default=0, help="seed of all random choices")
+    return parser
+
+
+def add_device(parser):
+    """Add --device. export.py has no such option, because its files are for the CPU."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+
+
+def add_checkpoint(parser, default):
+    parser.add_argument(
+        "--checkpoint",
+        default=default,
+        help="checkpoint, file with torchvision's weights, or imagenet",
+    )
+
+
+def parse(parser):
+    """Parse the command line. Raises UserError for a device that this machine does not have."""
+    args = parser.parse_args()
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
+        parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
+    if "device" in args:
+        args.device = choose_device(args.device)
+    return args
+
+
+def print_next(script, **options):
+    """Print a command that can be pasted into a terminal."""
+    words = ["python", script]
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    print(f"next: {shlex.join(words)}")
+
+
+def choose_device(name):
+    """Return the device to use: "auto" is the fastest kind of this machine."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name).item()
+    except Exception as error:  # each backend has its own kind of exception
+        fix = "use auto or cpu"
+        raise UserError(f"--device {name}: not available on this machine; {fix}") from error
+    return name
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory, which is faster than asking the system for it in each step."""
+    with suppress(AttributeError, TypeError):  # a system without glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # no separate memory for large tensors
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes to keep
+
+
+def run(main, *errors):
+    """Run a script. A problem that the user can solve ends in one line on stderr and exit code 2.
+
+    errors: kinds of exceptions, besides UserError, that mean such a problem.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
+    with suppress(AttributeError):  # the output of a notebook
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a console may lack the letters of a class name
+    warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error line is enough
+    keep_freed_memory()
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        message = "interrupted; a run with a last.pt continues with --resume"
+    except (UserError, *errors) as error:
+        # A worker of a DataLoader adds its traceback in front of the message.
+        message = str(error).rpartition(f"{type(error).__name__}: ")[2]
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(0)
+    except OSError as error:
+        message = f"{error}: check permissions and free space, or use another folder"
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        message = "not enough memory: lower --batch-size or --image-size"
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
