@@ -381,13 +381,14 @@ def read_checkpoint(source):
         return contents
     # torchvision's files have only weights.
     weights = from_torchvision(contents)
-    last_projection = weights["blocks.16.project.norm.bias"]
+    try:
+        num_classes = len(weights["classifier.bias"])
+        channels = len(weights["blocks.16.project.norm.bias"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"a weight is missing, or no vector: {error}") from error
     return {
         "model": weights,
-        "arch": {
-            "num_classes": len(weights["classifier.bias"]),
-            "width_mult": len(last_projection) / BOTTLENECKS[-1][1],
-        },
+        "arch": {"num_classes": num_classes, "width_mult": channels / BOTTLENECKS[-1][1]},
         "classes": [],
         "preprocessing": IMAGENET_PREPROCESSING,
         "history": [],

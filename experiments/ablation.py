@@ -13,7 +13,6 @@ block. The best epoch is chosen on the validation split. The accuracy is that on
 on the validation split if there is no other. Mean and standard deviation (std) over seeds.
 """
 
-import argparse
 import copy
 import statistics
 import sys
@@ -23,14 +22,16 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
-from evaluate import write_table  # noqa: E402
+from evaluate import predict, score, write_table  # noqa: E402
 from mobilenetv2 import MobileNetV2  # noqa: E402
+
+RECIPE = train.RECIPES["small"]  # the default of train.py
 
 
 class WideShortcuts(nn.Sequential):
@@ -44,8 +45,9 @@ class WideShortcuts(nn.Sequential):
         wide = None
         for block in self:
             expanded = block.expand(x)  # (N, tk, H, W)
-            joined = wide is not None and wide.shape == expanded.shape
-            wide = expanded + wide if joined else expanded
+            if wide is not None and wide.shape == expanded.shape:
+                expanded = expanded + wide
+            wide = expanded
             x = block.project(block.depthwise(wide))
         return x
 
@@ -68,12 +70,24 @@ def remove_shortcuts(model):
         block.use_residual = False
 
 
-VARIANTS = {  # name: (function that changes the network, colour of its line)
-    "the paper's": (change_nothing, "#0969da"),
-    "ReLU6 in bottlenecks": (add_activations, "#bf8700"),
-    "wide shortcuts": (widen_shortcuts, "#8250df"),
-    "no shortcuts": (remove_shortcuts, "#8c959f"),
+# change: function that changes a network. colour: of its line in the picture.
+VARIANTS = {
+    "the paper's": {"change": change_nothing, "colour": "#0969da"},
+    "ReLU6 in bottlenecks": {"change": add_activations, "colour": "#bf8700"},
+    "wide shortcuts": {"change": widen_shortcuts, "colour": "#8250df"},
+    "no shortcuts": {"change": remove_shortcuts, "colour": "#8c959f"},
 }
+
+
+def keep_best(model, best, history, optimizer, scheduler):
+    """Print the latest epoch. If it is the best one so far, copy the weights into the dict `best`.
+
+    With `model` and `best` given, this is the function `save` of train.fit.
+    """
+    row = history[-1]
+    print("{stage} {epoch}  validation accuracy {val_top1:.2%}".format(**row), flush=True)
+    if row["val_top1"] == max(earlier["val_top1"] for earlier in history):
+        best.update(copy.deepcopy(model.state_dict()))
 
 
 def train_network(model, dataset, epochs, seed):
@@ -81,33 +95,43 @@ def train_network(model, dataset, epochs, seed):
 
     Returns the validation accuracy of each epoch.
     """
-    groups = train.parameter_groups(model.parameters(), learning_rate=0.1, weight_decay=4e-5)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    batches, val_batches = dataset.batches("train", augmented=True), dataset.batches("val")
-    scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(batches)))
-    loss_function = partial(functional.cross_entropy, label_smoothing=0.1)
-    accuracies = []
-    for epoch in range(epochs):
-        torch.manual_seed(hash((seed, epoch, 0)))
-        model.train()
-        train.train_epoch(model, batches, optimizer, scheduler, loss_function)
-        accuracies.append(train.validate(model, val_batches)["val_top1"])
-        print(f"epoch {epoch + 1}  validation accuracy {accuracies[-1]:.2%}", flush=True)
-        if accuracies[-1] == max(accuracies):
-            best = copy.deepcopy(model.state_dict())
+    batches = dataset.batches("train", augmented=True)
+    groups = train.parameter_groups(
+        model.parameters(), RECIPE["learning_rate"], RECIPE["weight_decay"]
+    )
+    optimizer = train.make_optimizer(RECIPE["optimizer"], groups)
+    scheduler = train.make_scheduler(
+        RECIPE["schedule"], optimizer, len(batches), epochs, RECIPE["warmup"]
+    )
+    history = []
+    best = {}
+    train.fit(
+        model,
+        batches,
+        dataset.batches("val"),
+        optimizer,
+        scheduler,
+        train.make_loss("cross-entropy", RECIPE["label_smoothing"]),
+        history=history,
+        epochs=epochs,
+        save=partial(keep_best, model, best),
+        seed=seed,
+    )
     model.load_state_dict(best)
-    return accuracies
+    return [row["val_top1"] for row in history]
 
 
 def final_accuracy(model, dataset):
     """Return the accuracy on the test split, or on the validation split if there is no other."""
     split = "test" if "test" in dataset.splits else "val"
-    return train.validate(model, dataset.batches(split))["val_top1"]
+    return score(*predict(model, dataset.batches(split)))["top1"]
 
 
 def measure(change, args, seed):
     """Train a changed network. Returns the validation accuracy per epoch, and the test accuracy."""
-    dataset = data.load_data(args.data, data_dir=args.data_dir, batch_size=64)
+    dataset = data.load_data(
+        args.data, data_dir=args.data_dir, batch_size=RECIPE["batch_size"]
+    )
     torch.manual_seed(seed)
     model = MobileNetV2(len(dataset.classes), args.width, output_stride=16)
     model.to(memory_format=data.MEMORY_FORMAT)
@@ -116,16 +140,24 @@ def measure(change, args, seed):
     return curve, final_accuracy(model, dataset)
 
 
-def plot(curves, accuracies, args):
+@data.picture_style()
+def plot(curves, table, args):
     """Draw validation accuracy per epoch, one line per variant; bars show the std over seeds."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, (name, (_, colour)) in enumerate(VARIANTS.items()):
-        columns = [[100 * value for value in column] for column in zip(*curves[name])]  # per epoch
-        places = [epoch + 0.94 + 0.04 * index for epoch in range(args.epochs)]  # side by side
-        label = "{}: test {:.1f} ± {:.1f}%".format(name, *accuracies[name])
-        means, stds = [list(map(f, columns)) for f in (statistics.mean, statistics.stdev)]
-        axes.errorbar(places, means, stds, fmt=".-", color=colour, capsize=3, label=label)
+    for index, row in enumerate(table):
+        name = row["variant"]
+        percent = 100 * torch.tensor(curves[name])  # (seeds, epochs)
+        places = torch.arange(args.epochs) + 0.94 + 0.04 * index  # side by side
+        axes.errorbar(
+            places.numpy(),
+            percent.mean(dim=0).numpy(),
+            percent.std(dim=0).numpy(),
+            fmt=".-",
+            color=VARIANTS[name]["colour"],
+            capsize=3,
+            label="{variant}: test {test accuracy} ± {std}%".format(**row),
+        )
     axes.xaxis.get_major_locator().set_params(integer=True)
     title = f"{args.data}, width {args.width:g}: mean and std over {args.seeds} seeds"
     axes.set(xlabel="epoch", ylabel="validation accuracy (%)", title=title)
@@ -135,32 +167,40 @@ def plot(curves, accuracies, args):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--data", default="glyphs", help="dataset, or folder of images")
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="downloads")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs per network (default: 3)")
-    parser.add_argument("--width", type=float, default=0.5, help="width multiplier (default: 0.5)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="results")
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument
+    add("--data", default="glyphs", help="dataset, or folder of images")
+    add("--data-dir", type=Path, default=Path("datasets"), help="folder for downloads")
+    add("--epochs", type=cli.in_range(int, 1, 10**5), default=3, help="epochs per network")
+    add("--width", type=cli.in_range(float, 0.05, 4), default=0.5, help="width multiplier")
+    add("--seeds", type=cli.in_range(int, 2, 100), default=3, help="number of seeds")
+    add("--out", type=Path, default=Path("runs/ablation"), help="folder for the results")
     args = parser.parse_args()
-    if args.epochs < 1 or args.seeds < 2:
-        parser.error("use --epochs 1 or more, and --seeds 2 or more")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    curves, accuracies, table = {}, {}, [["variant", "test accuracy", "std"]]
-    for name, (change, _) in VARIANTS.items():
+    curves = {}
+    table = []
+    for name, variant in VARIANTS.items():
         print(f"\n{name}", flush=True)
-        curves[name], tested = zip(*(measure(change, args, seed) for seed in range(args.seeds)))
-        accuracies[name] = 100 * statistics.mean(tested), 100 * statistics.stdev(tested)
-        table.append([name, *(f"{value:.2f}" for value in accuracies[name])])
+        curves[name] = []
+        percent = []
+        for seed in range(args.seeds):
+            curve, accuracy = measure(variant["change"], args, seed)
+            curves[name].append(curve)
+            percent.append(100 * accuracy)
+        row = {
+            "variant": name,
+            "test accuracy": f"{statistics.mean(percent):.2f}",
+            "std": f"{statistics.stdev(percent):.2f}",
+        }
+        table.append(row)
         write_table(args.out / "ablation.csv", table)
-    plot(curves, accuracies, args)
+    plot(curves, table, args)
     print()
-    for name, accuracy, std in table[1:]:
-        print(f"{name:22}{accuracy:>7} ± {std}%")
+    for row in table:
+        print("{variant:22}{test accuracy:>7} ± {std}%".format(**row))
     print(f"wrote ablation.csv and ablation.png to {args.out}")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

@@ -7,7 +7,6 @@ The accuracies are those of few_labels.csv. The letters are training images with
 the digits are test images with their 8 × 8 pixels.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # noqa: E402
 import data  # noqa: E402
 
 SIDE = 4  # images per row and column of a mosaic
@@ -29,9 +29,11 @@ def read_results(path):
     results = {}
     with data.reading(f"'{path}' cannot be used", "run experiments/few_labels.py first"):
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                budget = None if row["labels per class"] == "all" else int(row["labels per class"])
-                results[row["way"], budget] = float(row["accuracy"]), float(row["std"])
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            budget = row["labels per class"]
+            budget = None if budget == "all" else int(budget)
+            results[row["way"], budget] = float(row["accuracy"]), float(row["std"])
     return results, list(dict.fromkeys(budget for _, budget in results))
 
 
@@ -39,9 +41,10 @@ def draw_letters():
     """Return SIDE² augmented training letters of different classes: (N, 64, 64) in 0..1."""
     dataset = data.load_data("glyphs", {"image_size": 64})
     images, labels = dataset.splits["train"]
-    classes = torch.randperm(len(dataset.classes))[: SIDE**2]
-    fonts = [(labels == label).nonzero().flatten() for label in classes]  # indices of its images
-    chosen = [indices[torch.randint(len(indices), ())] for indices in fonts]
+    chosen = []
+    for label in torch.randperm(len(dataset.classes))[: SIDE**2]:
+        indices = (labels == label).nonzero().flatten()
+        chosen.append(indices[torch.randint(len(indices), ())])
     return data.distort(images[torch.stack(chosen)], 64)[:, 0] / 255
 
 
@@ -68,18 +71,10 @@ def draw_mosaic(axes, images, title):
     axes.axis("off")
 
 
-def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    path = Path("runs/few_labels/few_labels.csv")
-    parser.add_argument("--csv", type=Path, default=path, help=f"measured (default: {path})")
-    out = path.with_name("hero.png")
-    parser.add_argument("--out", type=Path, default=out, help=f"picture (default: {out})")
-    args = parser.parse_args()
-
-    results, budgets = read_results(args.csv)
-    torch.manual_seed(1)
-    figure = Figure(figsize=(14, 4.6), layout="constrained", facecolor="white")
+@data.picture_style()
+def draw(path, results, budgets):
+    """Draw letters, accuracy over labels, and digits beside each other."""
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.3, 1))
     draw_mosaic(left, draw_letters(), "train.py: printed letters")
     draw_mosaic(right, draw_digits(), "finetune.py: handwritten digits")
@@ -91,10 +86,23 @@ def main():
     lowest, highest = middle.get_ylim()
     middle.set_ylim(lowest - 0.25 * (highest - lowest), highest)  # space for the legend
     middle.legend(fontsize=12, ncols=2, loc="lower right")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    folder = Path("runs/few_labels")
+    parser.add_argument(
+        "--csv", type=Path, default=folder / "few_labels.csv", help="measured accuracies"
+    )
+    parser.add_argument("--out", type=Path, default=folder / "hero.png", help="picture")
+    args = parser.parse_args()
+    results, budgets = read_results(args.csv)
+    torch.manual_seed(1)
+    draw(args.out, results, budgets)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

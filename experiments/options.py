@@ -5,6 +5,7 @@ python experiments/options.py
 
 import argparse
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -12,12 +13,13 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
+import cli  # noqa: E402
 import finetune  # noqa: E402
 import train  # noqa: E402
 from mobilenetv2 import write_file  # noqa: E402
 
-SCRIPTS = {  # in the order of the README: how the page describes them
+# The scripts in the order of the README, each with its description on the page.
+SCRIPTS = {
     "mobilenetv2": "prints Table 2 with measured shapes and costs",
     "data": "counts and draws images",
     "train": "trains from scratch",
@@ -25,7 +27,7 @@ SCRIPTS = {  # in the order of the README: how the page describes them
     "evaluate": "measures and draws",
     "export": "writes and verifies files for other programs",
 }
-SHARED = ("data_dir", "image_size", "workers", "seed", "device")
+SHARED = ("data_dir", "image_size", "workers", "seed")  # the same in all scripts with --data
 HEADER = """# Options
 
 [README](../README.md)
@@ -56,70 +58,87 @@ def find_parser(script):
     raise AssertionError(f"{script.__name__} parses no command line")
 
 
-def describe(action, known):
-    """Format an option's row: name, values, default, meaning. `known`: data.OPTIONS, or nothing."""
-    _, limits, _, *unset = known.get(action.dest, (None, None, None))
-    flag = action.nargs == 0
-    values = "" if flag else {Path: "path", str: "text"}.get(action.type, "number")
+def format_values(action):
+    """Format the possible values of an option."""
+    if action.nargs == 0:  # a flag
+        return ""
     if action.choices:
-        values = ", ".join(f"`{choice}`" for choice in action.choices)
-    elif isinstance(limits, tuple):
-        values = f"{limits[0]} to {limits[1]}"
-    meaning, _, default = action.help.partition(" (default: ")
-    if default.startswith("%") or not default:  # the help text itself has no default
-        default = unset[0] if unset and action.default is None else action.default
-    default = str(default).rstrip(")")
-    if action.default is False:
-        default = "off"
-    elif isinstance(action.default, list):
-        default = "all of them"
+        return ", ".join(f"`{choice}`" for choice in action.choices)
+    if action.type is None:
+        return "text"
+    if action.type is Path:
+        return "path"
+    if inspect.isfunction(action.type):  # made by cli.in_range
+        limits = inspect.getclosurevars(action.type).nonlocals
+        return f"{limits['low']} to {limits['high']}"
+    return "number"
+
+
+def format_default(action, described):
+    """Format the default of an option. described: the default in its help text, or ""."""
     if action.dest == "workers":  # does not depend on the computer that writes the page
-        default = "4 with CUDA, else 0"
-    elif isinstance(action.default, Path):
-        default = f"`{action.default.as_posix()}`"
-    name = ", ".join(f"`{option}`" for option in action.option_strings)
-    return f"| {name} | {values} | {default} | {meaning} |"
+        return "4 with CUDA, else 0"
+    if described:
+        return described
+    if action.default is False:
+        return "off"
+    if isinstance(action.default, list):
+        return "all of them"
+    if isinstance(action.default, Path):
+        return f"`{action.default.as_posix()}`"
+    return str(action.default)
 
 
-def table(actions, known=data.OPTIONS):
+def describe(action):
+    """Format an option's row: name, values, default, meaning."""
+    meaning, _, described = action.help.partition(" (default: ")
+    described = described.removesuffix(")")
+    if described == "%(default)s":  # added by BooleanOptionalAction of some Python versions
+        described = ""
+    cells = [
+        ", ".join(f"`{option}`" for option in action.option_strings),
+        format_values(action),
+        format_default(action, described),
+        meaning,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def option_table(actions):
     head = ["| option | values | default | meaning |", "|---|---|---|---|"]
-    return head + [describe(action, known) for action in actions]
+    return head + [describe(action) for action in actions]
 
 
-def recipe_tables():
-    """Return tables of the recipes of train.py, and of the two cases of finetune.py."""
-    recipes = [(f"`{name}`", *values) for name, values in train.RECIPES.items()]
-    cases = {"photos": finetune.PHOTOS, "small images": finetune.SMALL_IMAGES}
-    names = list(dict.fromkeys(name for values in cases.values() for name in values))
-    rows = [(case, *(values.get(name, False) for name in names)) for case, values in cases.items()]
-    tables = {
-        "`--recipe` of train.py sets:": [("recipe", *train.RECIPE_OPTIONS), *recipes],
-        "The dataset sets in finetune.py:": [("dataset", *names), *rows],
-    }
-    lines = []
-    for title, (header, *rows) in tables.items():
-        header = [name.replace("_", " ") for name in header]
-        cells = [header, ["---"] * len(header)]
-        for row in rows:
-            cells.append([{"True": "yes", "False": "no"}.get(str(cell), str(cell)) for cell in row])
-        lines += ["", title, "", *(f"| {' | '.join(row)} |" for row in cells)]
-    return lines
+def settings_table(corner, settings):
+    """Format a dict of dicts: one row per name, one column per setting."""
+    names = list(dict.fromkeys(name for values in settings.values() for name in values))
+    header = [corner, *[name.replace("_", " ") for name in names]]
+    rows = [header, ["---"] * len(header)]
+    for name, values in settings.items():
+        cells = [str(values.get(column, "")) for column in names]
+        words = {"True": "yes", "False": "no"}
+        rows.append([f"`{name}`", *[words.get(cell, cell) for cell in cells]])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def page():
     """Return the text of docs/options.md."""
-    lines, parsers = [HEADER], {}
+    parsers = {}
     for name in SCRIPTS:
         actions = find_parser(importlib.import_module(name))._actions
         parsers[name] = [action for action in actions if action.dest != "help"]
     shared = [action for action in parsers["data"] if action.dest in SHARED]
-    lines += ["## All scripts except mobilenetv2.py", "", *table(shared)]
+    lines = [HEADER, "## All scripts except mobilenetv2.py", "", *option_table(shared)]
     for name, about in SCRIPTS.items():
-        own, known = parsers[name], {}  # mobilenetv2.py stands alone
+        own = parsers[name]
         if name != "mobilenetv2":
-            own, known = [action for action in own if action.dest not in SHARED], data.OPTIONS
-        lines += ["", f"## {name}.py", "", f"It {about}.", "", *table(own, known)]
-    return "\n".join([*lines, "", "## Recipes", *recipe_tables(), ""])
+            own = [action for action in own if action.dest not in SHARED]
+        lines += ["", f"## {name}.py", "", f"It {about}.", "", *option_table(own)]
+    lines += ["", "## Recipes", ""]
+    lines += ["`--recipe` of train.py sets:", "", *settings_table("recipe", train.RECIPES)]
+    lines += ["", "The kind of dataset sets in finetune.py:", ""]
+    lines += settings_table("kind", finetune.DEFAULTS)
+    return "\n".join([*lines, ""])
 
 
 def main():
@@ -132,4 +151,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

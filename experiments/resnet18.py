@@ -10,24 +10,24 @@ validation split if there is no other.
 """
 
 import argparse
-import copy
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from ablation import final_accuracy, train_network
+from ablation import RECIPE, final_accuracy, keep_best, train_network
 from torch import nn
-from torch.nn import functional
 from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # noqa: E402
 import data  # noqa: E402
 import finetune  # noqa: E402
 import train  # noqa: E402
 from mobilenetv2 import (  # noqa: E402
+    BOTTLENECKS,
     CheckpointError,
     MobileNetV2,
     count_macs,
@@ -53,49 +53,48 @@ class ResNet18(nn.Module):
             raise data.DataError(f"no ImageNet weights ({error}): {fix}") from error
         pooling = nn.Identity() if small else network.maxpool
         self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, pooling)
-        groups = (network.layer1, network.layer2, network.layer3, network.layer4)
-        self.blocks = nn.Sequential(*(block for group in groups for block in group))
+        self.blocks = nn.Sequential(
+            *network.layer1, *network.layer2, *network.layer3, *network.layer4
+        )
         self.head = nn.Identity()  # the last block gives the 512 features
         self.dropout = nn.Dropout(0.2)
         self.classifier = nn.Linear(512, num_classes)
         self.arch = {"num_classes": num_classes}
 
-    def forward(self, x):
+    def features(self, x):
         x = self.head(self.blocks(self.stem(x)))  # (N, 512, S/32, S/32), or S/16 if small
-        return self.classifier(self.dropout(x.mean(dim=(2, 3))))
+        return x.mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.classifier(self.dropout(self.features(x)))
 
 
 def transfer(model, preprocessing, args):
     """Run both stages of finetune.py. Returns the accuracy of the best epoch, and the seconds."""
-    options = {"data_dir": args.data_dir, "batch_size": finetune.DEFAULTS["batch_size"]}
-    dataset = data.load_data(args.data, preprocessing, **options)
-    recipe = finetune.SMALL_IMAGES if dataset.augment else finetune.PHOTOS
-    settings = argparse.Namespace(**finetune.DEFAULTS | recipe)
+    dataset = data.load_data(
+        args.data,
+        preprocessing,
+        data_dir=args.data_dir,
+        batch_size=64,  # the default of finetune.py
+    )
+    settings = argparse.Namespace(
+        classifier_epochs=args.classifier_epochs,
+        epochs=args.epochs,
+        seed=args.seed,
+        loss="cross-entropy",
+        amp="off",
+    )
+    train.use_defaults(settings, finetune.DEFAULTS[dataset.kind])
+    # The same share of the blocks for both networks. The defaults count those of MobileNetV2.
+    blocks = sum(n for _, _, n, _ in BOTTLENECKS)
+    settings.unfreeze = round(settings.unfreeze / blocks * len(model.blocks))
     replace_classifier(model, len(dataset.classes))
-    begun, accuracies = time.perf_counter(), []
-    share = settings.unfreeze / 17  # the same for both networks
-    front, rest = finetune.divide(model, round(share * len(model.blocks)))
-    front.requires_grad_(False)
-    loss_function = partial(functional.cross_entropy, label_smoothing=0.1)
-    for stage, epochs in (("classifier", args.classifier_epochs), ("blocks", args.epochs)):
-        if stage == "classifier":
-            network, tuned = nn.Sequential(model.dropout, model.classifier), ()
-            batches, val_batches = finetune.cache_features(nn.Sequential(front, rest), dataset)
-        else:
-            network, tuned, val_batches = model, rest, dataset.batches("val")
-            batches = dataset.batches("train", augmented=True)
-        groups = finetune.layer_groups(tuned, model.classifier, settings)
-        optimizer = torch.optim.AdamW(groups)
-        scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(batches)))
-        for epoch in range(epochs):
-            torch.manual_seed(hash((args.seed, len(accuracies), 0)))
-            network.train()
-            finetune.freeze_batch_norm(front if settings.train_batch_norm else network)
-            train.train_epoch(network, batches, optimizer, scheduler, loss_function)
-            accuracies.append(train.validate(network, val_batches)["val_top1"])
-            print(f"{stage} {epoch + 1}  validation accuracy {accuracies[-1]:.2%}", flush=True)
-            if accuracies[-1] == max(accuracies):
-                best = copy.deepcopy(model.state_dict())
+    history = []
+    best = {}
+    save = partial(keep_best, model, best)
+    begun = time.perf_counter()
+    finetune.train_classifier(model, dataset, settings, history, save)
+    finetune.train_blocks(model, dataset, settings, history, save)
     seconds = time.perf_counter() - begun
     model.load_state_dict(best)
     return final_accuracy(model, dataset), seconds
@@ -103,52 +102,63 @@ def transfer(model, preprocessing, args):
 
 def networks(args):
     """Yield the name of each network, the network, and the preprocessing of its pretraining."""
-    small, source = args.image_size <= 64, data.PHOTOS if args.imagenet else data.SMALL
+    small = args.image_size <= 64
     stride = 16 if small else 32
-    preprocessing = {key: source[key] for key in ("mean", "std")} | {"image_size": args.image_size}
+    source = data.PHOTO if args.imagenet else data.SMALL_IMAGE
+    preprocessing = {
+        "image_size": args.image_size,
+        "mean": source["mean"],
+        "std": source["std"],
+    }
     torch.manual_seed(args.seed)
     if args.imagenet:
         ours, _ = load_checkpoint("imagenet", output_stride=stride)
         resnet = ResNet18(1000, small, models.ResNet18_Weights.IMAGENET1K_V1)
     else:
         letters = len(data.GLYPH_CLASSES)
-        ours, resnet = MobileNetV2(letters, output_stride=stride), ResNet18(letters, small)
+        ours = MobileNetV2(letters, output_stride=stride)
+        resnet = ResNet18(letters, small)
     for name, model in (("MobileNetV2", ours), ("ResNet18", resnet)):
         yield name, model.to(memory_format=data.MEMORY_FORMAT), preprocessing
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--data", default="mnist", help="dataset, or folder of images")
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="downloads")
-    text = "start from torchvision's ImageNet weights, not from letters"
-    parser.add_argument("--imagenet", action="store_true", help=text)
-    parser.add_argument("--image-size", type=int, default=32, help="image side (default: 32)")
-    text = "epochs on the letters (default: 2)"
-    parser.add_argument("--letter-epochs", type=int, default=2, help=text)
-    text = "epochs of stage classifier (default: 5)"
-    parser.add_argument("--classifier-epochs", type=int, default=5, help=text)
-    text = "epochs of stage blocks (default: 2)"
-    parser.add_argument("--epochs", type=int, default=2, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument
+    epochs = cli.in_range(int, 1, 10**5)
+    add("--data", default="mnist", help="dataset, or folder of images")
+    add("--data-dir", type=Path, default=Path("datasets"), help="folder for downloads")
+    add(
+        "--imagenet",
+        action="store_true",
+        help="start from torchvision's ImageNet weights, not from letters",
+    )
+    add(
+        "--image-size",
+        type=cli.in_range(int, 8, 1024),
+        default=32,
+        help="image side in pixels",
+    )
+    add("--letter-epochs", type=epochs, default=2, help="epochs on the letters")
+    add("--classifier-epochs", type=epochs, default=5, help="epochs of stage classifier")
+    add("--epochs", type=epochs, default=2, help="epochs of stage blocks")
+    add("--seed", type=cli.in_range(int, 0, 10**6), default=0, help="seed of all random choices")
     args = parser.parse_args()
-    if min(args.letter_epochs, args.classifier_epochs, args.epochs) < 1:
-        parser.error("use 1 or more epochs in each stage")
 
-    rows = []
+    line = "{:<12} {:>9} {:>12} {:>14} {:>8}".format
+    rows = [line("network", "accuracy", "parameters", "multiply-adds", "time")]
     for name, model, preprocessing in networks(args):
         print(f"\n{name}", flush=True)
         if not args.imagenet:
-            letters = data.load_data("glyphs", batch_size=64)
+            letters = data.load_data("glyphs", batch_size=RECIPE["batch_size"])
             train_network(model, letters, args.letter_epochs, args.seed)
         accuracy, seconds = transfer(model, preprocessing, args)
-        parameters, macs = count_parameters(model), count_macs(model, args.image_size)
-        rows.append((name, f"{accuracy:.2%}", f"{parameters:,}", f"{macs:,}", f"{seconds:.0f} s"))
-    line = "{:<12} {:>9} {:>12} {:>14} {:>8}".format
-    print("\n" + line("network", "accuracy", "parameters", "multiply-adds", "time"))
-    print("\n".join(line(*row) for row in rows))
+        parameters = f"{count_parameters(model):,}"
+        macs = f"{count_macs(model, args.image_size):,}"
+        rows.append(line(name, f"{accuracy:.2%}", parameters, macs, f"{seconds:.0f} s"))
+    print()
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
-    data.run(main, CheckpointError)
+    cli.run(main, CheckpointError)

@@ -1,4 +1,4 @@
-"""What all tests share: the project on the path, one thread, no network, and the options of the grader."""
+"""What all tests share: path, one thread, no network, fixtures, the options of the grader."""
 
 import functools
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# One thread, here and in what the tests start: the arrays are too small for more, and a busy machine changes nothing.
+# One thread, here and in what the tests start. The arrays are too small for more, and with one
+# thread a busy machine changes nothing.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from grader import Score, Submission, load_submission  # noqa: E402
 
+import cli  # noqa: E402
 import data  # noqa: E402
 import mobilenetv2  # noqa: E402
 import train  # noqa: E402
@@ -25,7 +27,10 @@ from mobilenetv2 import CheckpointError, MobileNetV2  # noqa: E402
 
 
 def pytest_addoption(parser):
-    text = "grade the class MobileNetV2 of this Python file instead of the project's; no other tests run"
+    text = (
+        "grade the class MobileNetV2 of this Python file instead of the project's;"
+        " no other tests run"
+    )
     parser.addoption("--implementation", type=Path, metavar="FILE", help=text)
 
 
@@ -37,8 +42,10 @@ def pytest_configure(config):
     config.submission = load_submission(path) if path else Submission(MobileNetV2)
     config.score = Score(path) if path else None
     if path:  # nothing may hide the score
-        config.option.tbstyle = "no" if config.option.tbstyle == "auto" else config.option.tbstyle
-        config.option.reportchars, config.option.disable_warnings = "", True
+        if config.option.tbstyle == "auto":
+            config.option.tbstyle = "no"
+        config.option.reportchars = ""
+        config.option.disable_warnings = True
 
 
 def pytest_collection_modifyitems(config, items):
@@ -55,7 +62,8 @@ def pytest_runtest_makereport(item, call):
     if item.config.score and marker and (report.when == "call" or report.outcome != "passed"):
         message = str(call.excinfo.value) if call.excinfo else ""
         if report.failed and not call.excinfo.errisinstance(pytest.fail.Exception):
-            message = f"the grader stopped with {call.excinfo.typename}: {message} (--tb=long shows where)"
+            kind = call.excinfo.typename
+            message = f"the grader stopped with {kind}: {message} (--tb=long shows where)"
         item.config.score.add(marker.args[0], report.outcome, message)
 
 
@@ -79,7 +87,10 @@ def submission(request):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A test that reaches for the network fails the same way on every machine; it may 'fetch' from this computer."""
+    """A test that reaches for the network fails the same way on every machine.
+
+    It may 'fetch' from this computer.
+    """
     real_open = urllib.request.urlopen
 
     def refuse(request, *args, **kwargs):
@@ -99,48 +110,54 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def quick_curves(monkeypatch):
-    """Most tests of a run do not look at its curves, which take a second; `trained` and those of evaluate.py draw them."""
+    """Do not draw the curves of a run, which takes a second: most tests do not look at them.
+
+    `trained` and the tests of evaluate.py draw them.
+    """
     monkeypatch.setattr(
         train, "plot_history", lambda history, path: mobilenetv2.write_file(path, b"curves")
     )
 
 
 @functools.cache
-def draw_glyphs(size, load_glyphs=data.load_glyphs):
-    return load_glyphs(size)
+def draw_glyphs(size):
+    return data.load_glyphs(size)
 
 
 @pytest.fixture(autouse=True)
 def glyphs_drawn_once(monkeypatch):
     """Draw the letters once for all tests, which takes a second."""
 
-    def load_glyphs(size):
+    def load(size, folder):
         classes, splits = draw_glyphs(size)
         return classes, dict(splits)
 
-    monkeypatch.setattr(data, "load_glyphs", load_glyphs)
+    monkeypatch.setitem(data.DATASETS["glyphs"], "load", load)
 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Keep every third digit, of 16 pixels: 238 for training, 62 for validation and 300 for tests."""
-    load_digits = data.load_digits
-    monkeypatch.setitem(data.PREPROCESSING, "digits", data.SMALL | {"image_size": 16})
+    """Keep every third digit, of 16 pixels.
 
-    def load_few(size):
-        classes, splits = load_digits(size)
-        return classes, {
-            split: (images[::3], labels[::3]) for split, (images, labels) in splits.items()
-        }
+    These are 238 for training, 62 for validation and 300 for tests.
+    """
 
-    monkeypatch.setattr(data, "load_digits", load_few)
+    def load(size, folder):
+        classes, splits = data.load_digits(size)
+        few = {split: (images[::3], labels[::3]) for split, (images, labels) in splits.items()}
+        return classes, few
+
+    preprocessing = {**data.SMALL_IMAGE, "image_size": 16}
+    monkeypatch.setitem(data.DATASETS["digits"], "preprocessing", preprocessing)
+    monkeypatch.setitem(data.DATASETS["digits"], "load", load)
 
 
 def call_script(script, *arguments):
     """Call a script as the command line does: returns the exit code."""
-    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, arguments)]
+    argv = sys.argv
+    sys.argv = [f"{script.__name__}.py", *map(str, arguments)]
     try:
-        data.run(script.main, CheckpointError)
+        cli.run(script.main, CheckpointError)
         return 0
     except SystemExit as stop:
         return stop.code
@@ -161,18 +178,12 @@ def call(capsys):
     return call_and_read
 
 
-# The smallest run that is still a run: digits of 16 pixels, each image once per epoch, and a narrow network.
-data.REPEATS["digits"] = data.FOLDER_EPOCH = 1
-SMALL = (
-    "--data",
-    "digits",
-    "--image-size",
-    "16",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "128",
-)  # 5 steps per epoch
+# The smallest run that is still a run: digits of 16 pixels, each image once per epoch, and a
+# narrow network. An epoch has 5 steps.
+data.DATASETS["digits"]["repeats"] = 1
+data.FOLDER_EPOCH = 1
+SMALL_DATA = ("--data", "digits", "--image-size", "16")
+SMALL = (*SMALL_DATA, "--epochs", "2", "--batch-size", "128")
 SMALL_NETWORK = ("--width", "0.35", "--output-stride", "32")
 
 

@@ -1,14 +1,17 @@
-"""The machinery of the grader. The criteria themselves are the first part of test_mobilenetv2.py.
+"""The machinery of the grader. The criteria are the first part of test_mobilenetv2.py.
 
     python -m pytest tests/test_mobilenetv2.py --implementation path/to/student.py
 
 The grader looks at the layers that run, not at the names of modules. Terms used here:
 
-    submission   the class MobileNetV2 of one file, its network, and the records of its forward passes
-    record       the convolutions, linear layers and BatchNorm layers of one forward pass, in order
-    structure    number, channels, kernels and strides of the layers. It is checked first, on a small
-                 image and without copies of tensors. A network with another structure is not examined
-                 further, so that a network without strides needs little memory and time.
+    submission   the class MobileNetV2 of one file, its network, and the records of its forward
+                 passes
+    record       the convolutions, linear layers and BatchNorm layers of one forward pass, in
+                 order
+    structure    number, channels, kernels and strides of the layers. It is checked first, on a
+                 small image and without copies of tensors. A network with another structure is
+                 not examined further, so that a network without strides needs little memory
+                 and time.
 """
 
 import contextlib
@@ -37,7 +40,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Criteria in the order in which they are checked: name -> points. docs/assignment has the same table.
+# Criteria in the order in which they are checked: name -> points.
+# docs/assignment has the same table.
 CRITERIA = {
     "layers": 10,
     "channels": 10,
@@ -52,18 +56,15 @@ CRITERIA = {
     "width": 5,
 }
 
-SIZES = (
-    64,
-    32,
-    224,
-)  # pixels per side of the test images; the first size that the network accepts is used
+# Pixels per side of the test images. The first size that the network accepts is used.
+SIZES = (64, 32, 224)
 TIME_LIMIT = 8  # seconds for all of a student's code, its import included
 WEIGHT_LIMIT = 300e6  # bytes of all weights; a correct network has 14 MB
-FEATURE_LIMIT = (
-    64e6  # bytes of one tensor in forward; a correct network has at most 10 MB, at 224 pixels
-)
+# Bytes of one tensor in forward. A correct network has at most 10 MB, at 224 pixels.
+FEATURE_LIMIT = 64e6
 
-# Table 2 of the paper once more, so that the grader does not trust the project's own table: t, c, n, s
+# Table 2 of the paper once more, so that the grader does not trust the project's own table.
+# The columns are t, c, n and s.
 TABLE_2 = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -76,7 +77,8 @@ TABLE_2 = (
 
 LIMIT = "the grader's limit (the line itself may be correct)"
 
-# Names of arguments that the grader accepts, without capitals and underscores; the first of each is the usual one.
+# Names of arguments that the grader accepts, without capitals and underscores.
+# The first of each is the usual one.
 CLASS_NAMES = (
     "num_classes",
     "numclasses",
@@ -110,10 +112,13 @@ INPUT_NAMES = (
 
 
 class GraderLimit(BaseException):
-    """The student's code needs too much time or memory. BaseException, because `except Exception` must not catch it."""
+    """The student's code needs too much time or memory.
+
+    This is a BaseException, because `except Exception` must not catch it.
+    """
 
 
-# ------------------------------------------------------------------------------------------------ layers
+# --------------------------------------------------------------------------------------- layers
 
 
 @dataclass
@@ -167,7 +172,8 @@ class Record(TorchDispatchMode):
     """Record the layers of one forward pass, in whatever style the network is written.
 
     Dropout keeps every value while a record is made, so that training mode is not random.
-    copies: also copy the tensors that enter and leave each layer; a network may change them in place.
+    copies: also copy the tensors that enter and leave each layer, because a network may change
+    them in place.
     """
 
     def __init__(self, size, copies=False):
@@ -181,21 +187,22 @@ class Record(TorchDispatchMode):
         self.reported = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run one operator of PyTorch, and record it. Names and arguments were tried with torch 2.14."""
+        """Run one operator of PyTorch, and record it.
+
+        Names and arguments were tried with torch 2.14.
+        """
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if name == "bernoulli_" and not any(
-            isinstance(p, torch.Tensor) for p in args[1:]
-        ):  # in functional.dropout
+        if name == "bernoulli_" and not any(isinstance(p, torch.Tensor) for p in args[1:]):
+            # functional.dropout makes its mask in this way.
             self.add_dropout()
             return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         if name == "native_dropout":
             self.add_dropout()
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         is_layer = name in ("convolution", "addmm", "mm")
-        taken = (
-            args[name == "addmm"].clone() if is_layer and self.copies else None
-        )  # addmm(bias, x, weight)
+        # The input is the first argument, except in addmm(bias, x, weight).
+        taken = args[name == "addmm"].clone() if is_layer and self.copies else None
         follows = name == "native_batch_norm" and self.follows_layer(args[0])
         result = function(*args, **kwargs)
         given = result[0] if isinstance(result, tuple | list) and result else result
@@ -212,33 +219,26 @@ class Record(TorchDispatchMode):
         if name == "convolution":
             x, weight, bias = args[:3]
             shape = tuple(weight.shape[2:]), tuple(args[3]), args[8], given.shape[-1]
-            self.layers.append(
-                Layer(
-                    x.shape[1], given.shape[1], *shape, in_size=x.shape[-1], dilation=tuple(args[5])
-                )
-            )
-            self.layers[-1].shares_input = any(x is other for other in self.recent)
+            layer = Layer(x.shape[1], given.shape[1], *shape)
+            layer.in_size, layer.dilation = x.shape[-1], tuple(args[5])
+            layer.shares_input = any(x is other for other in self.recent)
             self.recent = [*self.recent[-2:], x]
         else:
             x, weight = args[-2:]
             weight, bias = weight.t(), args[0] if name == "addmm" else None
-            self.layers.append(Layer(x.shape[1], given.shape[1], (1, 1), (1, 1), 1, 1, linear=True))
-        layer = self.layers[-1]
-        layer.weight, layer.bias, layer.taken, layer.given = (
-            weight,
-            bias,
-            taken,
-            given.clone() if self.copies else None,
-        )
-        self.used += [
-            (tensor, len(self.layers) - 1) for tensor in (weight, bias) if tensor is not None
-        ]
+            layer = Layer(x.shape[1], given.shape[1], (1, 1), (1, 1), 1, 1, linear=True)
+        layer.weight, layer.bias = weight, bias
+        layer.taken, layer.given = taken, given.clone() if self.copies else None
+        self.layers.append(layer)
+        index = len(self.layers) - 1
+        self.used += [(tensor, index) for tensor in (weight, bias) if tensor is not None]
         self.since = []
 
     def add_norm(self, args, given, follows):
         norm = Norm(args[1], args[2], args[3], args[5], given.clone() if self.copies else None)
         self.norms.append(norm)
-        self.used += [(tensor, len(self.layers) - 1) for tensor in args[1:5] if tensor is not None]
+        index = len(self.layers) - 1
+        self.used += [(tensor, index) for tensor in args[1:5] if tensor is not None]
         if follows:
             self.layers[-1].norm, self.layers[-1].given = norm, None
             self.since = []
@@ -274,25 +274,29 @@ class Record(TorchDispatchMode):
 
 
 def is_library(file):
-    """Return whether a file of a traceback belongs to PyTorch or to the grader, not to the student."""
+    """Return whether a file of a traceback is PyTorch's or the grader's, not the student's."""
     folders = Path(torch.__file__).parent, Path(__file__).parent
-    return any(Path(file).is_relative_to(folder) for folder in folders) or str(file).startswith(
-        "<frozen"
-    )
+    in_folders = any(Path(file).is_relative_to(folder) for folder in folders)
+    return in_folders or str(file).startswith("<frozen")
 
 
 def limit_size(tensor, args):
-    """Raise GraderLimit for a tensor that is too large, unless it is a view of the operator's input."""
+    """Raise GraderLimit if a tensor is too large and not a view of its operator's input."""
     size = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
     if size > FEATURE_LIMIT and not (
         isinstance(args[0], torch.Tensor) and args[0].data_ptr() == tensor.data_ptr()
     ):
-        raise GraderLimit(f"a tensor of shape {tuple(tensor.shape)} needs {size / 1e6:,.0f} MB")
+        raise GraderLimit(
+            f"a tensor of shape {tuple(tensor.shape)} needs {size / 1e6:,.0f} MB"
+        )
 
 
 @contextlib.contextmanager
 def limit_weights():
-    """Stop a network that is being built as soon as it has too many weights, before they are initialised."""
+    """Stop the building of a network as soon as it has too many weights.
+
+    It stops before these weights are initialised.
+    """
     total = 0
 
     def count(module, name, parameter):
@@ -316,25 +320,29 @@ def limit_weights():
 
 
 def same(one, other):
-    """Return whether two tensors are equal except for rounding. `other` may have a border of zeros: explicit padding."""
+    """Return whether two tensors are equal except for rounding.
+
+    `other` may have a border of zeros: explicit padding.
+    """
     border = other.shape[-1] - one.shape[-1]
     if one.dim() == other.dim() == 4 and border > 0:
-        other = other[
-            :, :, border // 2 : -(border - border // 2), border // 2 : -(border - border // 2)
-        ]
-    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-4 * one.abs().max())
+        inside = slice(border // 2, -(border - border // 2))
+        other = other[:, :, inside, inside]
+    if one.shape != other.shape:
+        return False
+    return bool((one - other).abs().max() <= 1e-4 * one.abs().max())
 
 
 @functools.lru_cache
 def expected_layers(width=1.0, size=224, expand_first=False):
-    """Return the 53 layers of Table 2 for images of `size` pixels, with the place of each in the table.
+    """Return the 53 layers of Table 2 for images of `size` pixels, with their places in it.
 
-    expand_first: with a 1×1 convolution for t = 1 too, which is no fault of the structure; see `Submission.expected`.
+    expand_first: with a 1×1 convolution for t = 1, too. That is no fault of the structure; see
+    `Submission.expected`.
     """
 
-    def scaled(
-        channels,
-    ):  # as in the paper's reference implementation: a multiple of 8, not below 90%
+    def scaled(channels):
+        # As in the paper's reference implementation: a multiple of 8, not below 90%.
         rounded = max(8, int(channels * width + 4) // 8 * 8)
         return rounded if rounded >= 0.9 * channels * width else rounded + 8
 
@@ -344,10 +352,14 @@ def expected_layers(width=1.0, size=224, expand_first=False):
     ]
     for row, (t, c, n, s) in enumerate(TABLE_2, start=2):
         for block in range(n):
-            name = f"row {row} of Table 2 (t={t}, c={c}, n={n}, s={s}), block {block + 1} of {n}"
+            name = (
+                f"row {row} of Table 2 (t={t}, c={c}, n={n}, s={s}), block {block + 1} of {n}"
+            )
             stride, wide = s if block == 0 else 1, channels * t
             if t > 1 or expand_first:
-                layers.append(Layer(channels, wide, (1, 1), (1, 1), 1, size, f"{name}, expansion"))
+                layers.append(
+                    Layer(channels, wide, (1, 1), (1, 1), 1, size, f"{name}, expansion")
+                )
             size //= stride
             layers.append(
                 Layer(
@@ -360,17 +372,27 @@ def expected_layers(width=1.0, size=224, expand_first=False):
                     f"{name}, depthwise convolution",
                 )
             )
-            layers.append(Layer(wide, scaled(c), (1, 1), (1, 1), 1, size, f"{name}, projection"))
+            layers.append(
+                Layer(wide, scaled(c), (1, 1), (1, 1), 1, size, f"{name}, projection")
+            )
             channels = layers[-1].out_channels
     head = max(1280, scaled(1280))
     layers.append(
-        Layer(channels, head, (1, 1), (1, 1), 1, size, "row 9 of Table 2 (the head, conv2d 1×1)")
+        Layer(
+            channels, head, (1, 1), (1, 1), 1, size, "row 9 of Table 2 (the head, conv2d 1×1)"
+        )
     )
-    return [*layers, Layer(head, 1000, (1, 1), (1, 1), 1, 1, "row 11 of Table 2 (the classifier)")]
+    return [
+        *layers,
+        Layer(head, 1000, (1, 1), (1, 1), 1, 1, "row 11 of Table 2 (the classifier)"),
+    ]
 
 
 def count_products(layers):
-    """Count the multiply-adds: each output is a sum of kernel area × input channels / groups products."""
+    """Count the multiply-adds.
+
+    Each output is a sum of kernel area × input channels / groups products.
+    """
     return sum(
         layer.size**2
         * layer.out_channels
@@ -392,11 +414,14 @@ def randomise(model):
     return model
 
 
-# -------------------------------------------------------------------------------------------- the submission
+# ------------------------------------------------------------------------------- the submission
 
 
 def expect(correct, message):
-    """Fail with the message alone. It is for students, and a traceback would show the grader's code."""
+    """Fail with the message alone.
+
+    It is for students, and a traceback would show the grader's code.
+    """
     if not correct:
         pytest.fail(message, pytrace=False)
 
@@ -407,21 +432,24 @@ class Submission:
     def __init__(self, network_class=None):
         self.network_class = network_class
         self.seconds = TIME_LIMIT  # left for the student's code
-        self.failed = self.stopped = (
-            None  # the first criterion that failed, and the first after which nothing can be judged
-        )
+        self.failed = None  # the first criterion that failed
+        self.stopped = None  # the first failed criterion after which nothing can be judged
         self.records = {}
 
     @contextlib.contextmanager
     def contain(self):
-        """Run a student's code without its prints and warnings, and raise GraderLimit when its time is up."""
+        """Run a student's code without its prints and warnings.
+
+        Raise GraderLimit when its time is up.
+        """
 
         def stop(*_):
             raise GraderLimit(f"it takes more than {TIME_LIMIT} seconds")
 
         start = time.monotonic()
         can_stop = (
-            hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+            hasattr(signal, "SIGALRM")
+            and threading.current_thread() is threading.main_thread()
         )
         handler = can_stop and signal.signal(signal.SIGALRM, stop)
         try:
@@ -429,7 +457,8 @@ class Submission:
                 signal.setitimer(signal.ITIMER_REAL, max(0.01, self.seconds))
             with (
                 contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),warnings.catch_warnings()
+                contextlib.redirect_stderr(io.StringIO()),
+                warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")
                 yield
@@ -440,7 +469,10 @@ class Submission:
             self.seconds -= time.monotonic() - start
 
     def attempt(self, what, function, hint=lambda fault: ""):
-        """Call a student's code. An exception fails the test with the student's line, not with a page of PyTorch's."""
+        """Call a student's code.
+
+        An exception fails the test with the student's line, not with a page of PyTorch's.
+        """
         try:
             with self.contain():
                 return function()
@@ -469,14 +501,19 @@ class Submission:
 
     @property
     def expands_first(self):
-        """Whether the first block has an expansion with t = 1: against a convention, but all other criteria can be judged."""
+        """Whether the first block has an expansion with t = 1.
+
+        That is against a convention, but all other criteria can be judged.
+        """
         layers = self.structure.layers
-        return len(layers) == 54 and layers[1].kernel == (1, 1) and layers[1].out_channels == 32
+        if len(layers) != 54:
+            return False
+        return layers[1].kernel == (1, 1) and layers[1].out_channels == 32
 
     def expected(self, width=1.0, size=224):
         return expected_layers(width, size, self.expands_first)
 
-    # ---------------------------------------------------------------------------------------------- building
+    # --------------------------------------------------------------------------------- building
 
     @functools.cached_property
     def parameters(self):
@@ -490,7 +527,10 @@ class Submission:
         return f"({', '.join(map(str, self.parameters.values()))})"
 
     def accepts(self, names):
-        """Return the parameter that has one of `names`, or the first name if there is a **kwargs, or None."""
+        """Return the parameter that has one of `names`.
+
+        Without one, return the first of `names` if there is a **kwargs, and None otherwise.
+        """
         known = next(
             (name for name in self.parameters if name.lower().replace("_", "") in names), None
         )
@@ -500,7 +540,7 @@ class Submission:
         return known or (names[0] if any_name else None)
 
     def takes_classes_first(self):
-        """Return whether the first parameter is probably the number of classes, under another name."""
+        """Return whether the first parameter is probably num_classes under another name."""
         first = next(iter(self.parameters.values()), None)
         if (
             first is None
@@ -524,7 +564,8 @@ class Submission:
             named[channels.name] = 3
         if width is not None:
             named[self.accepts(WIDTH_NAMES)] = width
-        call = ", ".join([*map(str, first), *(f"{name}={value}" for name, value in named.items())])
+        by_name = [f"{name}={value}" for name, value in named.items()]
+        call = ", ".join([*map(str, first), *by_name])
 
         def hint(fault):
             if "TypeError" not in fault:
@@ -544,9 +585,10 @@ class Submission:
             for module in network.modules()
             if type(module).__module__.startswith("torchvision.models")
         ]
+        kind = type(borrowed[0]).__name__ if borrowed else ""
         expect(
             not borrowed or borrowed[0] is network,
-            f"the network uses torchvision's {type(borrowed[0]).__name__ if borrowed else ''}; write all parts yourself.",
+            f"the network uses torchvision's {kind}; write all parts yourself.",
         )
         return network.eval()
 
@@ -556,19 +598,21 @@ class Submission:
         torch.manual_seed(0)
         return self.build()
 
-    # --------------------------------------------------------------------------------------------- forward
+    # ---------------------------------------------------------------------------------- forward
 
-    def forward(self, images, record=contextlib.nullcontext(), network=None, note=""):
+    def forward(self, images, record=None, network=None, note=""):
         """Return the logits of a forward pass that must succeed."""
 
         def run():
-            with record:
+            with record or contextlib.nullcontext():
                 return (network or self.network)(images)
 
-        what = f"{note}forward fails for images of {images.shape[-1]} × {images.shape[-1]} pixels"
-        logits = self.attempt(
-            what, run, lambda fault: explain_error(fault, getattr(record, "layers", []))
-        )
+        def hint(fault):
+            return explain_error(fault, record.layers if record else [])
+
+        side = images.shape[-1]
+        what = f"{note}forward fails for images of {side} × {side} pixels"
+        logits = self.attempt(what, run, hint)
         kind = type(logits).__name__
         fix = "is a return missing?" if logits is None else "return the logits alone"
         expect(
@@ -586,24 +630,27 @@ class Submission:
 
     @functools.cached_property
     def structure(self):
-        """The record for the first of SIZES that the network accepts. If there is none, `error` says why."""
+        """The record for the first of SIZES that the network accepts.
+
+        If there is none, `error` says why.
+        """
         network, failed = self.network, None
         for size in SIZES:
             record = Record(size)
             try:
                 with torch.no_grad():
-                    record.logits = self.forward(torch.randn(2, 3, size, size), record, network)
+                    images = torch.randn(2, 3, size, size)
+                    record.logits = self.forward(images, record, network)
                 return record
             except pytest.fail.Exception as failure:
                 record.error = str(failure)
-                if (
-                    failed is None or LIMIT not in record.error
-                ):  # the student's own error tells more
+                # The student's own error tells more than the grader's limit.
+                if failed is None or LIMIT not in record.error:
                     failed = record
         return failed
 
     def record(self, training=False):
-        """Record a forward pass of two images through random weights, with copies of tensors."""
+        """Record a forward pass of two images through random weights, and copy the tensors."""
         if training not in self.records:
             torch.manual_seed(0)
             size = self.structure.size
@@ -617,7 +664,9 @@ class Submission:
                 with torch.no_grad():
                     record.logits = self.forward(images, record, note=note)
                 record.changed = {
-                    n for n, b in network.named_buffers() if not torch.equal(b, record.buffers[n])
+                    n
+                    for n, b in network.named_buffers()
+                    if not torch.equal(b, record.buffers[n])
                 }
             except pytest.fail.Exception as failure:
                 record.error = str(failure)
@@ -634,9 +683,10 @@ class Submission:
         """Return pairs (layer as it ran, layer as Table 2 wants it)."""
         record = self.record(training)
         expected = self.expected(size=record.size)
+        note = "in training mode, " if training else ""
         expect(
             len(record.layers) == len(expected),
-            f"{'in training mode, ' if training else ''}{len(record.layers)} layers run, expected {len(expected)}.",
+            f"{note}{len(record.layers)} layers run, expected {len(expected)}.",
         )
         return list(zip(record.layers, expected, strict=True))
 
@@ -650,28 +700,35 @@ def explain_error(fault, layers):
         convolutions = [layer for layer in layers if not layer.linear]
         if len(convolutions) < 20:
             return (
-                f". {len(convolutions)} of 52 convolutions ran before the classifier: the blocks are missing. Table 2 has"
-                " 17 blocks between stem and head."
+                f". {len(convolutions)} of 52 convolutions ran before the classifier: the blocks"
+                " are missing. Table 2 has 17 blocks between stem and head."
             )
         if found == wanted * side * side and side > 1:
             return (
-                f". {found} = {wanted} · {side} · {side}: the pooling in front of the classifier is not global. Row 10 of"
-                " Table 2 takes the average of all places; write x.mean(dim=(2, 3)) or nn.AdaptiveAvgPool2d(1)."
+                f". {found} = {wanted} · {side} · {side}: the pooling in front of the classifier"
+                " is not global. Row 10 of Table 2 takes the average of all places; write"
+                " x.mean(dim=(2, 3)) or nn.AdaptiveAvgPool2d(1)."
             )
         if found == convolutions[-1].out_channels == 320:
-            return ". The head is missing: after the blocks, row 9 of Table 2 has a 1×1 convolution from 320 to 1280 channels."
+            return (
+                ". The head is missing: after the blocks, row 9 of Table 2 has a 1×1 convolution"
+                " from 320 to 1280 channels."
+            )
     if "must match the size" in fault and "dimension 1" in fault:
         return " (a shortcut is only where the channels agree)"
     if "must match the size" in fault:
         return (
-            " (a 3×3 convolution has padding=1 and a 1×1 none, so that only strides make feature maps smaller; a"
-            " shortcut is only where the stride is 1)"
+            " (a 3×3 convolution has padding=1 and a 1×1 none, so that only strides make feature"
+            " maps smaller; a shortcut is only where the stride is 1)"
         )
     return ""
 
 
 def criterion(name, stops=False):
-    """Mark a test as part of a criterion. stops: after a failure nothing else can be judged, so later tests are skipped."""
+    """Mark a test as part of a criterion.
+
+    stops: after a failure nothing else can be judged, so later tests are skipped.
+    """
     assert name in CRITERIA
 
     def decorate(test):
@@ -723,7 +780,8 @@ def reference(size):
     torch.manual_seed(1)
     network = randomise(torchvision.models.MobileNetV2(dropout=0.0))
     images = torch.randn(2, 3, size, size)
-    # With random statistics the logits would hardly depend on the image: take those of real feature maps.
+    # With random statistics the logits would hardly depend on the image. Therefore the network
+    # takes the statistics of real feature maps.
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_parameters()
@@ -743,11 +801,14 @@ def reference(size):
     return found
 
 
-# ----------------------------------------------------------------------------------------------- the file
+# ------------------------------------------------------------------------------------- the file
 
 
 def load_submission(path):
-    """Return the Submission of a student's file. Raises UsageError, which pytest prints in one line."""
+    """Return the Submission of a student's file.
+
+    Raises UsageError, which pytest prints in one line.
+    """
 
     def refuse(reason):
         raise pytest.UsageError(f"--implementation {path}: {reason}")
@@ -758,33 +819,45 @@ def load_submission(path):
         for name in [file.stem for file in ROOT.glob("*.py")]
         if name in sys.modules
     }
-    sys.path.insert(
-        0, str(path.resolve().parent)
-    )  # the file may import others beside it, even one called data.py
+    # The file may import others beside it, even one called data.py.
+    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec = importlib.util.spec_from_file_location("implementation", path.resolve())
         module = sys.modules["implementation"] = importlib.util.module_from_spec(spec)
         with submission.contain():
             spec.loader.exec_module(module)
-    except (Exception, SystemExit, GraderLimit) as error:  # a student's file may raise anything
+    except (Exception, SystemExit, GraderLimit) as error:
+        # A student's file may raise anything.
         frames = [
             frame
             for frame in traceback.extract_tb(error.__traceback__)
             if frame.filename == str(path.resolve())
         ]
         kind = "the grader's limit" if isinstance(error, GraderLimit) else type(error).__name__
-        fault = f"{kind}{''.join(f', line {frame.lineno}' for frame in frames[-1:])}: {' '.join(str(error).split())}"
-        fix = "give a Python file with a class MobileNetV2; put code that trains or prints under if __name__ == '__main__':"
+        place = f", line {frames[-1].lineno}" if frames else ""
+        reason = " ".join(str(error).split())
+        fix = (
+            "give a Python file with a class MobileNetV2; put code that trains or prints under"
+            " if __name__ == '__main__':"
+        )
         if isinstance(error, ModuleNotFoundError):
-            fix = "remove the import, or put it under if __name__ == '__main__': if the network does not need it"
-        refuse(f"{fault} ({fix})")
+            fix = (
+                "remove the import, or put it under if __name__ == '__main__': if the network"
+                " does not need it"
+            )
+        refuse(f"{kind}{place}: {reason} ({fix})")
     finally:
         sys.path.pop(0)
         sys.modules.update(modules)
     if not hasattr(module, "MobileNetV2"):
-        classes = {name: value for name, value in vars(module).items() if inspect.isclass(value)}
-        classes = [name for name, value in classes.items() if value.__module__ == "implementation"]
-        found = f"its classes are {', '.join(classes)}" if classes else "it has no class at all"
+        classes = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == "implementation"
+        ]
+        found = "it has no class at all"
+        if classes:
+            found = f"its classes are {', '.join(classes)}"
         refuse(f"no class MobileNetV2; {found} (rename the network's class to MobileNetV2)")
     found = module.MobileNetV2
     if not inspect.isclass(found):
@@ -795,7 +868,7 @@ def load_submission(path):
     return submission
 
 
-# ---------------------------------------------------------------------------------------------- the score
+# ------------------------------------------------------------------------------------ the score
 
 
 class Score:
@@ -809,15 +882,18 @@ class Score:
         self.outcomes[name].append((outcome, message))
 
     def status(self, name):
-        """Return 'passed', 'failed', 'skipped' or 'not run', and the message of the first test with this outcome.
+        """Return the outcome of a criterion, and the message of the first test that has it.
 
-        A test that is skipped because of a later criterion does not count: layers can pass when strides fail.
+        The outcome is 'passed', 'failed', 'skipped' or 'not run'. A test that is skipped
+        because of a later criterion does not count: layers can pass when strides fail.
         """
         later = [
             f"because of {other}" for other in list(CRITERIA)[list(CRITERIA).index(name) + 1 :]
         ]
         outcomes = [
-            (outcome, message) for outcome, message in self.outcomes[name] if message not in later
+            (outcome, message)
+            for outcome, message in self.outcomes[name]
+            if message not in later
         ]
         for status in ("failed", "skipped", "passed"):
             messages = [message for outcome, message in outcomes if outcome == status]
@@ -827,22 +903,28 @@ class Score:
 
     @property
     def points(self):
-        return sum(points for name, points in CRITERIA.items() if self.status(name)[0] == "passed")
+        return sum(
+            points for name, points in CRITERIA.items() if self.status(name)[0] == "passed"
+        )
 
     @property
     def complete(self):
         return self.points == sum(CRITERIA.values())
 
     def lines(self):
-        """Return the summary: a line per criterion, the points, and the first message of each failed criterion."""
+        """Return the lines of the summary.
+
+        These are a line per criterion, the points, and the first message of each failed
+        criterion.
+        """
         width = max(map(len, CRITERIA)) + 2
         lines = []
         for name, points in CRITERIA.items():
             status, message = self.status(name)
             given = points if status == "passed" else 0
-            lines.append(
-                f"{name:<{width}}{status:<9}{given:>3} / {points:<5}{message if status == 'skipped' else ''}".rstrip()
-            )
+            reason = message if status == "skipped" else ""
+            line = f"{name:<{width}}{status:<9}{given:>3} / {points:<5}{reason}"
+            lines.append(line.rstrip())
         lines.append(f"{'total':<{width}}{'':<9}{self.points:>3} / {sum(CRITERIA.values())}")
         failed = [name for name in CRITERIA if self.status(name)[0] == "failed"]
         for name in failed:

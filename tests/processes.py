@@ -27,7 +27,8 @@ def redirect(folder, encoding):
     for number, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
         with open(folder / name, "wb") as file:
             os.dup2(file.fileno(), number)
-        stream = open(number, "w", 1, encoding, errors, closefd=False)  # 1: write each line at once
+        # buffering=1: write each line at once
+        stream = open(number, "w", 1, encoding, errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
 
 
@@ -56,7 +57,8 @@ class Python:
     def __init__(self, program, *arguments, output, cwd=ROOT, path=(ROOT,), encoding="utf-8"):
         self.output = output
         how = (program, list(map(str, arguments)), cwd, path, output, encoding)
-        self.process = CONTEXT.Process(target=run, args=how, daemon=True)  # it ends with pytest
+        # daemon: it ends with pytest
+        self.process = CONTEXT.Process(target=run, args=how, daemon=True)
         self.process.start()
 
     def wait(self, timeout=100):
@@ -82,7 +84,8 @@ def torchrun(count, program, *arguments, output, path=(ROOT,)):
         start_method=METHOD,
     )
     how = (program, list(map(str, arguments)), ROOT, path, output, "utf-8")
-    with ThreadPoolExecutor(1) as thread:  # in the main thread it would keep its signal handlers
+    # In the main thread, elastic_launch would keep its signal handlers.
+    with ThreadPoolExecutor(1) as thread:
         try:
             thread.submit(elastic_launch(config, run), *how).result(timeout=100)
         finally:

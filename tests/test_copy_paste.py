@@ -1,4 +1,7 @@
-"""Each piece of code below runs in another project that has only the three imports of HEADER."""
+"""Each piece of code below runs in another project that has only the three imports of HEADER.
+
+Two pieces need one more import. A project that imports the scripts keeps its own settings.
+"""
 
 import ast
 import builtins
@@ -8,6 +11,7 @@ import types
 
 import pytest
 import torch
+from processes import Python
 from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,39 +21,49 @@ import mobilenetv2
 from evaluate import class_activation_map, classification_report, confusion_matrix
 from export import fold_batch_norm
 from finetune import extract_features, freeze_batch_norm
-from mobilenetv2 import InvertedResidual, MobileNetV2, convolution, initialise, make_divisible
+from mobilenetv2 import (
+    InvertedResidual,
+    MobileNetV2,
+    convolution,
+    initialise,
+    make_divisible,
+    row_strides,
+)
 from train import cosine, dice_loss, exponential, focal_loss, train_epoch
 
 HEADER = "import torch\nfrom torch import nn\nfrom torch.nn import functional\n"
 
 
 def source_of(piece):
-    """Return the source of a function or class, or of a constant of mobilenetv2.py, given its name."""
+    """Return the source of a function or class, or of a named constant of mobilenetv2.py."""
     if not isinstance(piece, str):
         return inspect.getsource(piece)
     text = inspect.getsource(mobilenetv2)
-    assignments = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-    return next(
-        ast.get_source_segment(text, node) for node in assignments if node.targets[0].id == piece
-    )
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == piece:
+            return ast.get_source_segment(text, node)
+    raise AssertionError(f"mobilenetv2.py has no constant {piece}")
 
 
 def global_names(code):
     """Return the global names in `code` and in all functions inside it."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return names.union(
-        *(global_names(part) for part in code.co_consts if isinstance(part, types.CodeType))
-    )
+    names = {
+        step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"
+    }
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            names.update(global_names(part))
+    return names
 
 
 def paste(pieces, imports=""):
     """Run the source of all pieces after HEADER, and return the namespace."""
-    code = compile(HEADER + imports + "\n\n".join(map(source_of, pieces)), "pasted.py", "exec")
+    sources = "\n\n".join(source_of(piece) for piece in pieces)
+    code = compile(HEADER + imports + sources, "pasted.py", "exec")
     namespace = types.SimpleNamespace()
     exec(code, vars(namespace))
-    assert (
-        global_names(code) <= vars(namespace).keys() | vars(builtins).keys()
-    )  # also on lines that do not run
+    # Also the names on lines that do not run.
+    assert global_names(code) <= vars(namespace).keys() | vars(builtins).keys()
     return namespace
 
 
@@ -63,15 +77,17 @@ def small_network():
     )
 
 
-# -------------------------------------------------------------------------- one function per piece: its exercise
+# --------------------------------------------------------- one function per piece: its exercise
 
 
 def use_block(pasted):
-    block, images = pasted.InvertedResidual(16, 24, stride=2, expansion=6), torch.randn(2, 16, 8, 8)
-    assert block(images).shape == (2, 24, 4, 4) and block(images).min() < 0  # linear
-    assert sum(p.numel() for p in block.parameters()) == 16 * 96 + 9 * 96 + 96 * 24 + 2 * (
-        96 + 96 + 24
-    )
+    block = pasted.InvertedResidual(16, 24, stride=2, expansion=6)
+    images = torch.randn(2, 16, 8, 8)
+    outputs = block(images)
+    assert outputs.shape == (2, 24, 4, 4) and outputs.min() < 0  # linear
+    weights = 16 * 96 + 9 * 96 + 96 * 24
+    norms = 2 * (96 + 96 + 24)
+    assert sum(p.numel() for p in block.parameters()) == weights + norms
     block = pasted.InvertedResidual(16, 16, stride=1, expansion=6)
     nn.init.zeros_(block.project.norm.weight)
     assert torch.equal(block(images), images)  # the shortcut
@@ -89,48 +105,42 @@ def use_network(pasted):
 
 def use_train_epoch(pasted):
     labels = torch.arange(64) % 4
-    batches = DataLoader(
-        TensorDataset(torch.randn(64, 10) + 2 * torch.eye(10)[labels], labels),
-        batch_size=16,
-        shuffle=True,
-    )
+    dataset = TensorDataset(torch.randn(64, 10) + 2 * torch.eye(10)[labels], labels)
+    batches = DataLoader(dataset, batch_size=16, shuffle=True)
     model = nn.Linear(10, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     scheduler = LambdaLR(optimizer, lambda step: 0.99**step)
-    rows = [
-        pasted.train_epoch(model, batches, optimizer, scheduler, functional.cross_entropy)
-        for _ in range(6)
-    ]
-    assert (
-        rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"]
-        and rows[-1]["train_top1"] > rows[0]["train_top1"]
-    )
+    loss_function = functional.cross_entropy
+    rows = []
+    for _ in range(6):
+        rows.append(pasted.train_epoch(model, batches, optimizer, scheduler, loss_function))
+    assert rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"]
+    assert rows[-1]["train_top1"] > rows[0]["train_top1"]
     assert scheduler.last_epoch == 6 * 4
 
 
 def use_losses(pasted):
-    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    torch.testing.assert_close(
-        pasted.focal_loss(logits, labels, gamma=0), functional.cross_entropy(logits, labels)
-    )
+    logits = torch.randn(5, 3)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    without_focus = pasted.focal_loss(logits, labels, gamma=0)
+    torch.testing.assert_close(without_focus, functional.cross_entropy(logits, labels))
     even = torch.zeros(2, 2)  # p = 1/2
-    assert pasted.focal_loss(even, torch.tensor([0, 1])).item() == pytest.approx(
-        0.25 * 0.693147, rel=1e-5
-    )
-    assert pasted.dice_loss(even, torch.tensor([0, 1])).item() == pytest.approx(
-        1 - (2 * 0.5 + 1) / (0.5 + 1 + 1)
-    )
-    assert pasted.dice_loss(
-        99 * functional.one_hot(labels).float(), labels
-    ).item() == pytest.approx(0, abs=1e-6)
+    loss = pasted.focal_loss(even, torch.tensor([0, 1])).item()
+    assert loss == pytest.approx(0.25 * 0.693147, rel=1e-5)
+    loss = pasted.dice_loss(even, torch.tensor([0, 1])).item()
+    assert loss == pytest.approx(1 - (2 * 0.5 + 1) / (0.5 + 1 + 1))
+    sure = 99 * functional.one_hot(labels).float()
+    assert pasted.dice_loss(sure, labels).item() == pytest.approx(0, abs=1e-6)
 
 
 def use_schedules(pasted):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler, rates = LambdaLR(optimizer, lambda step: pasted.cosine(step, steps=20)), []
+    scheduler = LambdaLR(optimizer, lambda step: pasted.cosine(step, steps=20))
+    rates = []
     for _ in range(21):
         rates += scheduler.get_last_lr()
-        optimizer.step(), scheduler.step()
+        optimizer.step()
+        scheduler.step()
     assert rates[:3] == pytest.approx([2 / 3, 4 / 3, 2]) and rates[11] == pytest.approx(1)
     assert rates[2:] == sorted(rates[2:], reverse=True) and rates[20] == pytest.approx(0)
     assert [pasted.exponential(step, 2) for step in (0, 1, 2, 19)] == [1, 1, 0.98, 0.98**9]
@@ -146,10 +156,14 @@ def use_metrics(pasted):
 
 
 def use_extract_features(pasted):
-    backbone, images, labels = small_network(), torch.randn(10, 3, 6, 6), torch.arange(10)
+    backbone = small_network()
+    images = torch.randn(10, 3, 6, 6)
+    labels = torch.arange(10)
     dataset = TensorDataset(images, labels)
     features, order = pasted.extract_features(backbone, DataLoader(dataset, batch_size=4))
-    assert features.shape == (10, 8) and torch.equal(order, labels) and not features.requires_grad
+    assert (
+        features.shape == (10, 8) and torch.equal(order, labels) and not features.requires_grad
+    )
     torch.testing.assert_close(features, backbone.eval()(images).detach())
 
 
@@ -163,10 +177,9 @@ def use_freeze_batch_norm(pasted):
 
 
 def use_fold_batch_norm(pasted):
-    model, images = (
-        nn.Sequential(convolution(3, 8, 3), convolution(8, 8, 3, 2, groups=8, activation=False)),
-        torch.randn(2, 3, 8, 8),
-    )
+    last = convolution(8, 8, 3, 2, groups=8, activation=False)
+    model = nn.Sequential(convolution(3, 8, 3), last)
+    images = torch.randn(2, 3, 8, 8)
     for _ in range(3):
         model(images)  # updates the running statistics
     folded = pasted.fold_batch_norm(model)
@@ -175,9 +188,13 @@ def use_fold_batch_norm(pasted):
 
 
 def use_class_activation_map(pasted):
-    model, images, classes = nn.Module(), torch.randn(2, 3, 8, 8), torch.tensor([4, 1])
-    model.stem, model.blocks = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()
-    model.head, model.classifier = nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
+    model = nn.Module()
+    images = torch.randn(2, 3, 8, 8)
+    classes = torch.tensor([4, 1])
+    model.stem = nn.Conv2d(3, 8, 3, 2, 1)
+    model.blocks = nn.ReLU()
+    model.head = nn.Conv2d(8, 16, 1)
+    model.classifier = nn.Linear(16, 5)
     maps = pasted.class_activation_map(model, images, classes)
     features = model.head(model.blocks(model.stem(images))).mean(dim=(2, 3))
     logits = model.classifier(features)[[0, 1], classes] - model.classifier.bias[classes]
@@ -185,12 +202,14 @@ def use_class_activation_map(pasted):
     torch.testing.assert_close(maps.mean(dim=(1, 2)), logits.detach())
 
 
-CONSTANTS = ("BOTTLENECKS", "STEM_CHANNELS", "HEAD_CHANNELS", "STRIDES_DROPPED")
 PIECES = {  # exercise: pieces
     use_block: (convolution, InvertedResidual),
     use_network: (
-        *CONSTANTS,
+        "BOTTLENECKS",
+        "STEM_CHANNELS",
+        "HEAD_CHANNELS",
         make_divisible,
+        row_strides,
         convolution,
         InvertedResidual,
         MobileNetV2,
@@ -205,10 +224,47 @@ PIECES = {  # exercise: pieces
     use_fold_batch_norm: (fold_batch_norm,),
     use_class_activation_map: (class_activation_map,),
 }
+IMPORTS = {use_schedules: "import math\n", use_fold_batch_norm: "import copy\n"}
 
 
 @pytest.mark.parametrize(
     "exercise", PIECES, ids=lambda exercise: exercise.__name__.removeprefix("use_")
 )
 def test_pasted_code_runs(exercise):
-    exercise(paste(PIECES[exercise], "import copy\n" if exercise is use_fold_batch_norm else ""))
+    exercise(paste(PIECES[exercise], IMPORTS.get(exercise, "")))
+
+
+# ----------------------------------------------------------- importing the scripts as modules
+
+
+SETTINGS = """
+import locale, logging, signal, sys, warnings
+import matplotlib, numpy, torch, torchvision
+from PIL import Image, ImageFile
+from matplotlib import figure, font_manager, pyplot, style
+from torch import distributed, export
+from torch.utils import data as torch_data
+
+def settings():
+    return {
+        "warnings": list(warnings.filters),
+        "logging": [list(logging.getLogger().filters), list(logging.getLogger().handlers)],
+        "matplotlib": dict(matplotlib.rcParams),
+        "PIL": [Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES],
+        "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed()],
+        "signals": [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)],
+        "output": [sys.stdout.encoding, sys.stdout.errors, sys.stderr.errors],
+    }
+
+before = settings()
+import mobilenetv2, cli, data, evaluate, train, finetune, export
+after = settings()
+changed = [name for name in before if before[name] != after[name]]
+assert changed == [], changed
+"""
+
+
+def test_importing_the_scripts_changes_no_setting(tmp_path):
+    """A project's warnings, log, pictures, random numbers and signals stay as they are."""
+    code, _, error = Python(SETTINGS, output=tmp_path / "output").wait()
+    assert code == 0, error

@@ -29,10 +29,11 @@ from matplotlib import font_manager
 from PIL import EpsImagePlugin, Image
 from processes import Python
 from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 import mobilenetv2
-from data import DataError, load_data, load_glyphs
+from data import Batches, DataError, load_data
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import split_photos  # noqa: E402
@@ -79,13 +80,27 @@ def test_glyphs_are_drawn_completely_and_differ(glyphs):
 
 
 def test_validation_and_test_glyphs_are_always_the_same(glyphs, monkeypatch):
-    monkeypatch.setattr(data, "load_glyphs", load_glyphs)  # draws them again
+    monkeypatch.setitem(data.DATASETS["glyphs"], "load", data.load_glyphs)  # draws them again
     torch.manual_seed(5)
     again = load_data("glyphs", seed=5)
     assert torch.initial_seed() == 5  # the global generator continues as before
     for split in ("val", "test"):
         assert torch.equal(glyphs.splits[split][0], again.splits[split][0])
         assert glyphs.splits[split][0].shape[2:] == (32, 32)
+
+
+def test_new_limits_of_distortion_change_only_training(glyphs, monkeypatch):
+    def train_once():
+        torch.manual_seed(0)
+        return next(iter(glyphs.batches("train", augmented=True)))[0]
+
+    before = train_once()
+    for name in data.DISTORTION:
+        monkeypatch.setitem(data.DISTORTION, name, 0.01)
+    _, splits = data.load_glyphs(32)
+    for split in ("val", "test"):
+        assert torch.equal(splits[split][0], glyphs.splits[split][0])
+    assert not torch.equal(train_once(), before)
 
 
 def test_digits_are_split_like_the_readme_says():
@@ -160,11 +175,58 @@ def test_glyph_epochs_repeat_every_letter_in_new_shapes(glyphs):
     assert len(images.flatten(1).unique(dim=0)) == 3 * 64
 
 
+@pytest.mark.parametrize("count", (1, 6, 7, 8, 20))
+@pytest.mark.parametrize("repeats", (1, 3))
+def test_batches_have_the_length_that_they_tell(count, repeats):
+    inputs = torch.rand(count, 2)
+    in_order = Batches(inputs, torch.arange(count), batch_size=7)
+    assert len(in_order) == len(list(in_order)) == -(-count // 7)
+    assert torch.equal(torch.cat([batch for batch, _ in in_order]), inputs)
+    shuffled = Batches(
+        inputs, torch.arange(count), batch_size=7, shuffle=True, repeats=repeats
+    )
+    lengths = [len(labels) for _, labels in shuffled]
+    whole, rest = divmod(repeats * count, 7)
+    assert lengths == ([7] * whole or [rest])  # the only batch stays, complete or not
+    assert len(shuffled) == len(lengths)
+
+
+def test_shuffled_batches_show_every_item_once_per_pass():
+    inputs = torch.rand(10, 2)
+    batches = Batches(inputs, torch.arange(10), batch_size=5, shuffle=True, repeats=3)
+    pictures, labels = (torch.cat(parts) for parts in zip(*batches))
+    assert torch.equal(pictures, inputs[labels])
+    passes = labels.view(3, 10)
+    assert (passes.sort(dim=1).values == torch.arange(10)).all()
+    assert len(passes.unique(dim=0)) == 3
+    assert not torch.equal(torch.cat([labels for _, labels in batches]), labels)  # a new order
+
+
+def test_batches_transform_each_batch_as_a_whole():
+    seen = []
+
+    def double(inputs):
+        seen.append(len(inputs))
+        return 2 * inputs
+
+    inputs = torch.rand(10, 2)
+    batches = Batches(inputs, torch.zeros(10), batch_size=4, transform=double)
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), 2 * inputs)
+    assert seen == [4, 4, 2]
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    """Only a group of processes counts: the variables alone may be those of another program."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert data.process_rank() == (0, 1)
+
+
 def test_processes_of_torchrun_share_each_split(monkeypatch):
-    monkeypatch.setattr(data, "PROCESSES", 4)
-    dataset, shares = load_data("digits", batch_size=64), {"train": [], "test": []}
+    dataset = load_data("digits", batch_size=64)
+    shares = {"train": [], "test": []}
     for rank in range(4):
-        monkeypatch.setattr(data, "RANK", rank)
+        monkeypatch.setattr(data, "process_rank", lambda rank=rank: (rank, 4))
         for split, labels in shares.items():
             batches = [y for _, y in dataset.batches(split)]
             assert len(batches[0]) == 16  # the batch size is that of all processes
@@ -173,6 +235,13 @@ def test_processes_of_torchrun_share_each_split(monkeypatch):
     assert [len(labels) for labels in shares["test"]] == [225, 225, 225, 224]
     for rank, labels in enumerate(shares["test"]):
         assert torch.equal(labels, dataset.splits["test"][1][rank::4])
+
+
+def test_too_few_images_for_all_processes_are_refused(monkeypatch):
+    dataset = load_data("digits", batch_size=7)
+    monkeypatch.setattr(data, "process_rank", lambda: (0, 4))
+    with pytest.raises(DataError, match="too few images .*: use fewer, or raise --batch-size"):
+        dataset.batches("train")
 
 
 def test_distortion_keeps_range_and_size_and_changes_each_image_separately():
@@ -185,7 +254,17 @@ def test_distortion_keeps_range_and_size_and_changes_each_image_separately():
     assert len(out.flatten(1).unique(dim=0)) == 64
 
 
-def test_crop_and_flip_shifts_and_mirrors_each_image_separately():
+def test_each_limit_of_distortion_changes_images_and_zero_keeps_them():
+    images = torch.zeros(8, 1, 32, 32)
+    images[:, :, 6:26, 12:20] = 255
+    none = dict.fromkeys(data.DISTORTION, 0)
+    torch.testing.assert_close(data.distort(images, 32, none), images, rtol=0, atol=0.01)
+    for name, limit in data.DISTORTION.items():
+        changed = data.distort(images, 32, {**none, name: limit}) - images
+        assert (changed.abs().amax(dim=(1, 2, 3)) > 1).sum() >= 6, name
+
+
+def test_shift_and_flip_shifts_and_mirrors_each_image_separately():
     """An image has 9 × 9 shifts, each also mirrored: every result is one of them."""
     image = torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
     padded = torch.nn.functional.pad(image, [4] * 4)[0]
@@ -195,27 +274,26 @@ def test_crop_and_flip_shifts_and_mirrors_each_image_separately():
             window = padded[:, top : top + 32, left : left + 32]
             possible[window.numpy().tobytes()] = (top, left, False)
             possible[window.flip(2).numpy().tobytes()] = (top, left, True)
-    out = data.crop_and_flip(image.repeat(400, 1, 1, 1), 32)
+    out = data.shift_and_flip(image.repeat(400, 1, 1, 1), 32)
     found = [possible[picture.byte().numpy().tobytes()] for picture in out]
     assert out.dtype == torch.float32
     assert [len(set(kind)) for kind in zip(*found)] == [9, 9, 2] and len(set(found)) > 80
     assert 150 < sum(mirrored for _, _, mirrored in found) < 250
-    assert data.crop_and_flip(image[:, :1, :28, :28], 32).shape == (1, 1, 32, 32)
+    assert data.shift_and_flip(image[:, :1, :28, :28], 32).shape == (1, 1, 32, 32)
 
 
 def test_letters_and_digits_are_never_mirrored(glyphs):
     """Their augmentation is `distort`: a mirrored 3 or S would be another character."""
     assert load_data("digits").augment is glyphs.augment is data.distort
-    assert data.PUBLISHED["mnist"][1] is data.distort
-    assert (
-        data.PUBLISHED["fashion-mnist"][1].func
-        is data.PUBLISHED["cifar10"][1]
-        is data.crop_and_flip
-    )
+    assert data.DATASETS["mnist"]["augment"] is data.distort
+    assert data.DATASETS["fashion-mnist"]["augment"].func is data.shift_and_flip
+    assert data.DATASETS["cifar10"]["augment"] is data.shift_and_flip
     image = torch.zeros(200, 1, 32, 32, dtype=torch.uint8)
-    image[:, :, 4:28, 6:10] = image[:, :, 4:8, 6:26] = 255  # the upper left corner of a frame
+    image[:, :, 4:28, 6:10] = 255  # two sides of a frame
+    image[:, :, 4:8, 6:26] = 255
     out = data.distort(image, 32)
-    left, right = out[..., :16].sum(dim=(1, 2, 3)), out[..., 16:].sum(dim=(1, 2, 3))
+    left = out[..., :16].sum(dim=(1, 2, 3))
+    right = out[..., 16:].sum(dim=(1, 2, 3))
     assert (left > right).float().mean() > 0.9
 
 
@@ -233,9 +311,9 @@ def open_image(path, size, channels=3):
 
 def transform(image, size, augmented=False):
     """Crop and resize an image like PhotoDataset does: uint8 (3, size, size)."""
-    preprocessing = data.PHOTOS | {"image_size": size}
-    image = data.PhotoDataset([], [], preprocessing, augmented).transform(image)
-    return (255 * data.to_pixels(image, preprocessing)).round().byte()
+    if augmented:
+        return pil_to_tensor(data.augment_photo(image, size))
+    return pil_to_tensor(data.fit_photo(image, {**data.PHOTO, "image_size": size}))
 
 
 @pytest.fixture
@@ -253,7 +331,9 @@ def folder(tmp_path):
 def test_a_folder_of_class_folders_is_split_80_20_in_each_class(folder, capsys):
     dataset = load_data(folder, {"image_size": 16})
     assert dataset.classes == ["red", "鬱金香"] and set(dataset.splits) == {"train", "val"}
-    (train, train_labels), (val, val_labels) = dataset.splits["train"], dataset.splits["val"]
+    train, train_labels = dataset.splits["train"]
+    val, val_labels = dataset.splits["val"]
+    assert dataset.kind == "photos"
     assert torch.bincount(train_labels).tolist() == [8, 8]
     assert torch.bincount(val_labels).tolist() == [2, 2]
     assert len({*train} | {*val}) == 20 and capsys.readouterr().err == ""
@@ -265,9 +345,10 @@ def test_a_folder_of_class_folders_is_split_80_20_in_each_class(folder, capsys):
 def test_the_split_does_not_depend_on_the_listing_the_place_or_the_seed(folder, monkeypatch):
     validation = [path.relative_to(folder) for path in load_data(folder).splits["val"][0]]
     moved = folder.rename(folder.with_name("moved"))
-    for name in ("iterdir", "rglob"):
-        backwards = lambda *args, real=getattr(Path, name): reversed([*real(*args)])  # noqa: E731
-        monkeypatch.setattr(Path, name, backwards)
+    list_names = Path.iterdir
+    list_all = Path.rglob
+    monkeypatch.setattr(Path, "iterdir", lambda *args: reversed([*list_names(*args)]))
+    monkeypatch.setattr(Path, "rglob", lambda *args: reversed([*list_all(*args)]))
     again = load_data(moved, seed=9).splits["val"][0]
     assert [path.relative_to(moved) for path in again] == validation
     write_image(moved / "red" / "new.jpg", (1, 2, 3))
@@ -319,11 +400,14 @@ def test_photos_of_every_mode_and_size_become_batches(tmp_path):
 
 
 def test_a_photo_is_normalised_with_imagenet_statistics(folder):
-    assert data.PREPROCESSING["flowers"] == mobilenetv2.IMAGENET_PREPROCESSING | {"crop": 0.875}
+    for entry in (data.DATASETS["flowers"], data.FOLDER):
+        assert entry["preprocessing"] == {**mobilenetv2.IMAGENET_PREPROCESSING, "crop": 0.875}
     dataset = load_data(folder, {"image_size": 16}, batch_size=32)
     images, _ = next(iter(dataset.batches("val")))
     pixel = torch.tensor(Image.open(dataset.splits["val"][0][0]).getpixel((20, 15))) / 255
-    expected = (pixel - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    std = torch.tensor([0.229, 0.224, 0.225])
+    expected = (pixel - mean) / std
     torch.testing.assert_close(images[0, :, 8, 8], expected, rtol=0.02, atol=0.02)
 
 
@@ -340,13 +424,32 @@ def test_photo_epochs_depend_on_the_global_seed(folder, workers):
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("repeats", (1, 3))
+def test_photo_epochs_show_every_photo_once_per_pass(folder, repeats):
+    dataset = load_data(folder, {"image_size": 8}, batch_size=6)
+    dataset.repeats = repeats
+    dataset.splits["train"] = dataset.splits["train"][0], torch.arange(16)
+    order = epoch(dataset)[1]
+    complete = repeats * 16 // 6 * 6
+    assert len(order) == complete
+    assert len(dataset.batches("train", augmented=True)) == complete // 6
+    counts = torch.bincount(order, minlength=16)
+    assert counts.max() <= repeats and counts.sum() == complete
+    dataset.batch_size = 100
+    assert torch.equal(torch.bincount(epoch(dataset)[1]), torch.full((16,), repeats))
+
+
 # --------------------------------------------------------------------------------------- bad input
 
 
 def test_an_unknown_name_ends_in_one_line(call):
     code, _, error = call(data, "--data", "letters")
-    expected = f"'letters': no such folder or dataset ({', '.join(data.PREPROCESSING)})"
+    names = "glyphs, digits, mnist, fashion-mnist, cifar10, flowers"
+    expected = f"'letters': no such folder or dataset ({names})"
     assert code == 2 and error == f"data.py: {expected}\n"
+    for name in ("Digits", "digit", "photos/cats", Path("letters"), "mnist/"):
+        with pytest.raises(DataError, match=r"no such folder or dataset \(glyphs, digits, "):
+            load_data(name)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -402,13 +505,55 @@ def test_a_photo_that_is_deleted_later_ends_in_one_line(folder, workers, call):
         try:
             for split in dataset.splits:
                 list(dataset.batches(split))
-        except DataError as error:  # its traceback holds the workers, which need 5 seconds to end
+        except DataError as error:
+            # Its traceback holds the workers, which need 5 seconds to end.
             traceback.clear_frames(error.__traceback__)
             raise
 
     code, _, error = call(SimpleNamespace(__name__="train", main=main))
     assert code == 2 and error.count("\n") == 1 and error.startswith("train.py: ")
     assert "3.jpg': cannot read this image" in error and error.endswith("; remove it\n")
+
+
+def make_a_mistake(images, size):
+    return images + None  # a TypeError
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_a_mistake_in_an_augmentation_is_not_a_damaged_photo(folder, workers, call):
+    dataset = load_data(folder, {"image_size": 16}, workers=workers)
+    dataset.augment = make_a_mistake
+
+    def main():
+        try:
+            list(dataset.batches("train", augmented=True))
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # as above
+            raise
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        call(SimpleNamespace(__name__="train", main=main))
+
+
+def test_a_mistake_in_an_augmentation_of_small_images_is_not_hidden(call):
+    dataset = load_data("digits")
+    dataset.augment = make_a_mistake
+    main = partial(next, iter(dataset.batches("train", augmented=True)))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        call(SimpleNamespace(__name__="train", main=main))
+
+
+def test_a_mistake_while_an_image_is_prepared_is_not_a_damaged_photo(folder, monkeypatch):
+    """The decoder's exceptions mean a damaged file. Those of the steps after it do not."""
+
+    def convert(image, mode):
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(TypeError, match="a mistake of ours"):
+        open_image(folder / "red" / "3.jpg", 16)
+    with pytest.raises(TypeError, match="a mistake of ours"):
+        load_data(folder)
 
 
 def test_a_jpeg_with_data_after_its_end_is_readable(folder):
@@ -426,7 +571,8 @@ def test_a_jpeg_with_damage_inside_is_skipped(folder, capsys):
 def test_a_photo_with_several_pictures_is_readable(folder, capsys):
     """Cameras and phones store a preview or a depth map after the photo: MPO, but named .jpg."""
     path = folder / "red" / "3.jpg"
-    photo, preview = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (8, 8), "blue")
+    photo = Image.new("RGB", (40, 30), "red")
+    preview = Image.new("RGB", (8, 8), "blue")
     photo.save(path, format="MPO", save_all=True, append_images=[preview])
     with Image.open(path) as image:
         assert image.format == "MPO" and image.n_frames == 2
@@ -444,8 +590,10 @@ showpage
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the fake Ghostscript is a shell script")
-def test_postscript_named_jpg_does_not_start_ghostscript(folder, tmp_path, monkeypatch, capsys):
-    program, marker, path = tmp_path / "bin" / "gs", tmp_path / "started", folder / "red" / "x.jpg"
+def test_postscript_named_jpg_starts_no_ghostscript(folder, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "bin" / "gs"
+    marker = tmp_path / "started"
+    path = folder / "red" / "x.jpg"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n: > '{marker}'\n")
     program.chmod(0o755)
@@ -465,10 +613,12 @@ def test_postscript_named_jpg_does_not_start_ghostscript(folder, tmp_path, monke
 def test_damaged_exif_data_do_not_harm_the_pixels(tmp_path):
     image = Image.new("RGB", (40, 20))
     exif = image.getexif()
-    exif[0x0112], exif[0x010F] = 6, "Maker"
+    exif[0x0112] = 6  # orientation
+    exif[0x010F] = "Maker"
     image.save(tmp_path / "photo.jpg", exif=exif)
     contents = (tmp_path / "photo.jpg").read_bytes()
-    damaged, opened = tmp_path / "damaged.jpg", 0
+    damaged = tmp_path / "damaged.jpg"
+    opened = 0
     for position in range(12, contents.index(b"Maker") + 5):  # EXIF data, without their header
         for value in (b"\0", b"\xff"):
             damaged.write_bytes(contents[:position] + value + contents[position + 1 :])
@@ -513,7 +663,8 @@ def test_sixteen_bits_and_transparency(tmp_path):
     pixels = numpy.full((8, 8), 32768, dtype=numpy.uint16)
     Image.fromarray(pixels).save(tmp_path / "gray16.png")
     for channels in (1, 3):
-        assert open_image(tmp_path / "gray16.png", 8, channels).getpixel((0, 0)) == (127, 127, 127)
+        image = open_image(tmp_path / "gray16.png", 8, channels)
+        assert image.getpixel((0, 0)) == (127, 127, 127)
     Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
@@ -543,7 +694,8 @@ def test_training_photos_are_rotated_cropped_mirrored_and_change_brightness():
     image = Image.new("RGB", (64, 64), (200, 0, 0))
     image.paste((0, 0, 200), (32, 0, 64, 64))
     pictures = torch.stack([transform(image, 32, augmented=True) for _ in range(60)]).int()
-    red, blue = pictures[:, 0], pictures[:, 2]
+    red = pictures[:, 0]
+    blue = pictures[:, 2]
     mirrored = blue[:, :, :8].sum(dim=(1, 2)) > red[:, :, :8].sum(dim=(1, 2))
     assert 15 < mirrored.sum() < 45
     border = (red > blue).sum(dim=2)  # end of red in each row
@@ -599,7 +751,8 @@ def idx_files(monkeypatch):
     return files
 
 
-LAYOUTS = ("{}", "{}.gz", "FashionMNIST/raw/{}", "FashionMNIST/raw/{}.gz", "kaggle", "kaggle.gz")
+RAW = "FashionMNIST/raw/{}"
+LAYOUTS = ("{}", "{}.gz", RAW, f"{RAW}.gz", "kaggle", "kaggle.gz")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -698,17 +851,20 @@ def test_cifar10_in_torchvision_layout(tmp_path, monkeypatch):
     """Ten images in each of its six files: pickles, whose checksums torchvision verifies."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    classes = ["airplane", "automobile", "bird", "cat", "deer"]
+    classes += ["dog", "frog", "horse", "ship", "truck"]
     pixels = numpy.repeat(numpy.arange(10, dtype=numpy.uint8), 3072).reshape(10, 3072)
     pixels[:, 5] = 255  # red, first row, column 5
     batch = pickle.dumps({"data": pixels, "labels": [*range(10)]})
-    files = {f"data_batch_{number}": batch for number in range(1, 6)} | {"test_batch": batch}
+    files = {f"data_batch_{number}": batch for number in range(1, 6)}
+    files["test_batch"] = batch
     files["batches.meta"] = pickle.dumps({"label_names": classes})
     write_all(folder, files)
     sums = [[name, hashlib.md5(contents).hexdigest()] for name, contents in files.items()]
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums[6][1]}
-    for attribute, value in (("train_list", sums[:5]), ("test_list", sums[5:6]), ("meta", meta)):
-        monkeypatch.setattr(datasets.CIFAR10, attribute, value)
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", sums[:5])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", sums[5:6])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
     dataset = load_data("cifar10", data_dir=tmp_path)
     assert dataset.classes == classes
     assert sizes(dataset) == {"train": 45, "val": 5, "test": 10}
@@ -727,7 +883,9 @@ def make_archive(path, members):
         for name, contents in members.items():
             member = tarfile.TarInfo(name)
             if isinstance(contents, str):
-                member.type, member.linkname, contents = tarfile.SYMTYPE, contents, b""
+                member.type = tarfile.SYMTYPE
+                member.linkname = contents
+                contents = b""
             member.size = len(contents)
             tar.addfile(member, io.BytesIO(contents))
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -740,7 +898,8 @@ def garden(tmp_path, monkeypatch):
     Image.new("RGB", (30, 20), "red").save(buffer, "JPEG")
     names = [f"flower_photos/{kind}/{n}.jpg" for kind in ("daisy", "tulips") for n in range(5)]
     archive = tmp_path / "server.tgz"
-    members = dict.fromkeys(names, buffer.getvalue()) | {"flower_photos/LICENSE.txt": b"CC BY"}
+    members = dict.fromkeys(names, buffer.getvalue())
+    members["flower_photos/LICENSE.txt"] = b"CC BY"
     monkeypatch.setattr(data, "FLOWERS_SHA256", make_archive(archive, members))
     monkeypatch.setattr(data, "FLOWERS", archive.as_uri())
     return archive, tmp_path / "here"
@@ -784,7 +943,8 @@ def test_an_archive_cannot_write_outside_the_folder(garden, name, monkeypatch):
     archive, data_dir = garden
     digest = make_archive(archive, {"flower_photos/a/1.jpg": b"", name: b"evil"})
     monkeypatch.setattr(data, "FLOWERS_SHA256", digest)
-    with pytest.raises(DataError):  # an absolute name is unpacked in the folder, and is no class
+    # An absolute name is unpacked in the folder, and is no class.
+    with pytest.raises(DataError):
         load_data("flowers", data_dir=data_dir)
     assert not list(archive.parent.rglob("evil*")) and not os.path.exists(EVIL[2])
 
@@ -802,22 +962,41 @@ def test_a_link_in_an_archive_is_refused(garden, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------- python data.py
 
 
+def read_description(text):
+    """Read the output of data.py: {split: {class: images}}."""
+    counts = {}
+    for line in text.splitlines():
+        if header := re.fullmatch(r"(\w+): (\d+) images", line):
+            split, total = header.groups()
+            counts[split] = {"total": int(total)}
+        elif entry := re.fullmatch(r" {4,}(\d+)  (.+)", line):
+            counts[split][entry[2]] = int(entry[1])
+    return counts
+
+
 @pytest.mark.parametrize("name", ("digits", "folder"))
-def test_the_script_describes_a_dataset_and_draws_it(name, folder, tmp_path, call, monkeypatch):
-    grids, source = [], folder if name == "folder" else name
+def test_the_script_describes_a_dataset_and_draws_it(
+    name, folder, tmp_path, call, monkeypatch
+):
+    grids = []
+    source = folder if name == "folder" else name
     save = lambda figure, path, dpi: grids.append((path, figure))  # noqa: E731
     monkeypatch.setattr(data.Figure, "savefig", save)
     options = ("--image-size", 24, "--out", tmp_path / "out", "--workers", 0)
     code, text, _ = call(data, "--data", source, *options)
     dataset = load_data(source, {"image_size": 24})
     assert code == 0 and f"{source}: {len(dataset.classes)} classes\n" in text
-    header, total = (line.split() for line in text.splitlines() if re.match(" +train|total", line))
-    assert dict(zip(header, map(int, total[1:]))) == sizes(dataset)
+    expected = {}
+    for split, (_, labels) in dataset.splits.items():
+        counts = torch.bincount(labels, minlength=len(dataset.classes)).tolist()
+        expected[split] = {"total": len(labels), **dict(zip(dataset.classes, counts))}
+    assert read_description(text) == expected
     (samples, grid), (augmented, ten) = grids
     assert samples == tmp_path / "out" / "samples.png"
     assert augmented == tmp_path / "out" / "augmented.png"
     titles = [axes.get_title() for axes in grid.axes if axes.get_title()]
-    assert len(titles) == min(32, sizes(dataset)["train"]) and set(titles) <= set(dataset.classes)
+    assert len(titles) == min(32, sizes(dataset)["train"])
+    assert set(titles) <= set(dataset.classes)
     shown = [axes.images[0].get_array().tobytes() for axes in ten.axes]
     assert len(shown) == len(set(shown)) == 10
     assert [axes.get_title() for axes in ten.axes].count("augmented") == 9
@@ -832,7 +1011,8 @@ def tree(root):
 
 
 def test_split_photos_copies_every_image_to_one_split(folder, tmp_path, call):
-    before, target = tree(folder), tmp_path / "new" / "split"
+    before = tree(folder)
+    target = tmp_path / "new" / "split"
     code, text, _ = call(split_photos, folder, target, "--val", 0.2, "--test", 0.1)
     assert code == 0 and "14 to train, 4 to val, 2 to test" in text
     assert tree(folder) == before
@@ -841,7 +1021,8 @@ def test_split_photos_copies_every_image_to_one_split(folder, tmp_path, call):
         classes = [path.parts[0] for path in splits[split]]
         assert sorted(classes) == ["red"] * count + ["鬱金香"] * count
     together = splits["train"] | splits["val"] | splits["test"]
-    images = {path for path in before if path.suffix in (".jpg", ".PNG") and path.name[0] != "."}
+    seen = [path for path in before if not path.name.startswith(".")]
+    images = [path for path in seen if path.suffix in (".jpg", ".PNG")]
     assert together == {path: before[path] for path in images}
     assert sizes(load_data(target)) == {"train": 14, "val": 4, "test": 2}
     assert [path.name for path in target.parent.iterdir()] == ["split"]
@@ -865,7 +1046,8 @@ def test_split_photos_refuses_to_harm_folders(folder, tmp_path, call, monkeypatc
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     write_image(tmp_path / "few" / "a" / "1.png", (0, 0, 0))
     write_image(tmp_path / "few" / "b" / "1.png", (0, 0, 0))
-    before, out = tree(tmp_path), tmp_path / "out"
+    before = tree(tmp_path)
+    out = tmp_path / "out"
     for arguments, reason in (
         ((folder, tmp_path / "mine"), "use a new folder"),
         ((folder, folder / "split"), "use a new folder"),
@@ -896,21 +1078,15 @@ def make_font(path, family, letters):
         if record.nameID in (1, 4):  # family, full name
             record.string = family
     for table in font["cmap"].tables:
-        table.cmap |= dict.fromkeys(map(ord, letters), "A") if table.isUnicode() else {}
+        if table.isUnicode():
+            table.cmap.update(dict.fromkeys(map(ord, letters), "A"))
     font.save(path)
-
-
-def import_data_again():
-    spec = importlib.util.spec_from_file_location("data_again", data.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_chinese_class_names_are_drawn_with_an_installed_font(tmp_path, monkeypatch):
     make_font(tmp_path / "font.ttf", "Noto Sans CJK SC", "鬱金香")
     fonts = font_manager.fontManager
-    others = [font for font in fonts.ttflist if font.name not in data.CJK.split(",")]
+    others = [font for font in fonts.ttflist if font.name not in data.CJK_FONTS]
     monkeypatch.setattr(fonts, "ttflist", others)
 
     def plot():
@@ -919,18 +1095,53 @@ def test_chinese_class_names_are_drawn_with_an_installed_font(tmp_path, monkeypa
             warnings.simplefilter("error")  # matplotlib warns about letters that no font has
             data.plot_grid(tmp_path / "grid.png", "rose", torch.zeros(2, 3, 8, 8), names)
 
-    with matplotlib.rc_context():
-        assert import_data_again().FONTS == ["DejaVu Sans"]
-        with pytest.raises(UserWarning, match="Glyph .* missing from font"):
-            plot()
-        fonts.addfont(tmp_path / "font.ttf")
-        assert import_data_again().FONTS == ["DejaVu Sans", "Noto Sans CJK SC"]
+    with data.picture_style():
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans"]
+    with pytest.raises(UserWarning, match="Glyph .* missing from font"):
         plot()
+    fonts.addfont(tmp_path / "font.ttf")
+    with data.picture_style():
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "Noto Sans CJK SC"]
+    plot()
 
 
 def test_class_names_that_look_like_formulas_are_drawn(tmp_path):
-    data.plot_grid(tmp_path / "grid.png", "$", torch.zeros(3, 3, 8, 8), ["$5$", "a_b^", "$x^$"])
+    names = ["$5$", "a_b^", "$x^$"]
+    data.plot_grid(tmp_path / "grid.png", "$", torch.zeros(3, 3, 8, 8), names)
     assert Image.open(tmp_path / "grid.png").size[0] > 500
+
+
+# ------------------------------------------------------------------------ settings of libraries
+
+
+def test_pictures_ignore_the_settings_of_the_user_and_keep_them(tmp_path):
+    def draw(name):
+        data.plot_grid(tmp_path / name, "title", torch.zeros(3, 3, 8, 8), ["a", "b", "c"])
+        return (tmp_path / name).read_bytes()
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        usual = draw("usual.png")
+        changes = {"font.size": 30, "figure.facecolor": "red", "font.family": "serif"}
+        matplotlib.rcParams.update(changes)
+        before = dict(matplotlib.rcParams)
+        assert draw("same.png") == usual
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_importing_data_changes_no_settings_of_other_libraries(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12345)
+    spec = importlib.util.spec_from_file_location("data_again", data.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "data_again", module)  # dataclasses look for it
+    with matplotlib.rc_context({"font.size": 30, "text.parse_math": True}):
+        settings = dict(matplotlib.rcParams)
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            spec.loader.exec_module(module)
+            assert warnings.filters == []
+        assert dict(matplotlib.rcParams) == settings
+    assert Image.MAX_IMAGE_PIXELS == 12345
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -948,7 +1159,7 @@ print(memory("VmHWM") - held)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells the memory")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_60000_images_take_less_than_400_megabytes(tmp_path):
     for part, count in (("train", 60_000), ("t10k", 10_000)):
         images = numpy.zeros((count, 28, 28), dtype=numpy.uint8)
@@ -959,7 +1170,7 @@ def test_60000_images_take_less_than_400_megabytes(tmp_path):
     assert float(out) < 400
 
 
-# ------------------------------------------------------------------------- unusual folders and files
+# ------------------------------------------------------------------------ unusual folders and files
 
 
 def test_a_failed_download_names_the_problem_in_one_line(tmp_path, call):
@@ -973,7 +1184,8 @@ def test_two_spellings_of_one_class_name_are_one_class(folder):
         for number in range(2):
             write_image(folder / name / f"{number}.png", 0, mode="L")
     dataset = load_data(folder)
-    assert dataset.classes == ["caf\u00e9", "red", "鬱金香"] and sum(sizes(dataset).values()) == 24
+    assert dataset.classes == ["caf\u00e9", "red", "鬱金香"]
+    assert sum(sizes(dataset).values()) == 24
 
 
 def test_hidden_folders_are_skipped(folder):
@@ -1016,7 +1228,8 @@ def test_split_folders_may_have_capitals_but_need_train(tmp_path, splits):
 
 
 def test_a_narrow_image_takes_little_memory(monkeypatch):
-    pixels, resize = [], Image.Image.resize
+    pixels = []
+    resize = Image.Image.resize
 
     def measure(self, size, *arguments, **options):
         pixels.append(size[0] * size[1])

@@ -1,8 +1,12 @@
 """export.py: files, verification and error messages."""
 
+import io
 import json
+import logging
 import re
 import sys
+import tokenize
+import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -27,11 +31,11 @@ from mobilenetv2 import BOTTLENECKS, MobileNetV2, load_checkpoint, save_checkpoi
 
 ONNX = all(map(find_spec, ("onnx", "onnxscript", "onnxruntime")))
 needs_onnx = pytest.mark.skipif(not ONNX, reason="needs the packages in requirements-onnx.txt")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit", "ignore:No complete tensor found"
-)  # as in export.py
+# As in export.py.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:No complete tensor found")
 FLOAT_FILES = ["model.torchscript.pt", "model.pt2", *(["model.onnx"] if ONNX else [])]
 FILES = [*FLOAT_FILES, *(["model.int8.onnx"] if ONNX else [])]
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER)
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +58,24 @@ def small(few_blocks, tmp_path_factory):
             for tensor in (layer.running_var, layer.weight):
                 nn.init.uniform_(tensor, 0.5, 2.0)
     path = tmp_path_factory.mktemp("small") / "best.pt"
-    save_checkpoint(path, model, list("0123456789"), data.SMALL | {"image_size": 16})
+    preprocessing = {**data.SMALL_IMAGE, "image_size": 16}
+    save_checkpoint(path, model, list("0123456789"), preprocessing)
     return path
 
 
 @pytest.fixture(scope="module")
 def exported(small, tmp_path_factory):
     """The folder of an export of all formats. One new process verifies all files, to save time."""
-    folder, verified = tmp_path_factory.mktemp("export"), []
+    folder = tmp_path_factory.mktemp("export")
+    verified = []
 
     def start(count, mp_context):
         assert mp_context.get_start_method() == "spawn"
         return nullcontext(SimpleNamespace(submit=submit))
 
-    def submit(function, load, path, *how):
+    def submit(function, load, path, threads, *task):
         verified.append(path.name)
-        return pool.submit(function, load, path, *how)
+        return pool.submit(function, load, path, threads, *task)
 
     with ProcessPoolExecutor(1, CONTEXT) as pool, pytest.MonkeyPatch.context() as context:
         context.setattr(export, "ProcessPoolExecutor", start)
@@ -86,17 +92,17 @@ def here(monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# --------------------------------------------------------------------------------------- files
 
 
 def test_export_writes_and_reports_all_formats(exported, small):
     assert {path.name for path in exported.iterdir()} == {*FILES, "labels.txt", "report.json"}
     report = json.loads((exported / "report.json").read_text(encoding="utf-8"))
-    assert report["classes"] == list("0123456789") and report["preprocessing"]["image_size"] == 16
     assert (
-        report["verified_on"] == "899 images of digits (test)"
-        and report["with_preprocessing"] is False
+        report["classes"] == list("0123456789") and report["preprocessing"]["image_size"] == 16
     )
+    assert report["verified_on"] == "899 images of digits (test)"
+    assert report["with_preprocessing"] is False
     assert list(report["formats"]) == FILES
     model, checkpoint = load_checkpoint(small)
     dataset = data.load_data("digits", checkpoint["preprocessing"])
@@ -105,9 +111,8 @@ def test_export_writes_and_reports_all_formats(exported, small):
     accuracy = (logits.argmax(dim=1) == dataset.splits["test"][1]).double().mean().item()
     assert report["network"]["accuracy"] == accuracy
     for file, result in report["formats"].items():
-        assert (
-            result["bytes"] == (exported / file).stat().st_size < 600_000
-        )  # 45,000 weights, and no images
+        # 45,000 weights, and no images.
+        assert result["bytes"] == (exported / file).stat().st_size < 600_000
         assert result["latency_ms"] > 0 and result["batch_difference"] < 1e-4
         if file in FLOAT_FILES:
             assert result["largest_difference"] < 1e-4 and result["accuracy"] == accuracy
@@ -129,9 +134,8 @@ def test_each_file_contains_classes_and_preprocessing(exported, small):
         import onnxruntime
 
         for file in ("model.onnx", "model.int8.onnx"):
-            texts = (
-                onnxruntime.InferenceSession(exported / file).get_modelmeta().custom_metadata_map
-            )
+            session = onnxruntime.InferenceSession(exported / file)
+            texts = session.get_modelmeta().custom_metadata_map
             found.append({f"{key}.json": text for key, text in texts.items()})
     checkpoint = load_checkpoint(small)[1]
     assert len(found) == len(FILES)
@@ -149,11 +153,14 @@ assert "mobilenetv2" not in sys.modules
 warnings.simplefilter("ignore")
 folder = {str(exported)!r}
 images = torch.load("images.pt")
-networks = [torch.jit.load(folder + "/model.torchscript.pt"), torch.export.load(folder + "/model.pt2").module()]
+networks = [torch.jit.load(folder + "/model.torchscript.pt")]
+networks.append(torch.export.load(folder + "/model.pt2").module())
 if {ONNX}:
     import onnxruntime
     session = onnxruntime.InferenceSession(folder + "/model.onnx")
-    networks.append(lambda images: torch.from_numpy(session.run(["logits"], {{"input": images.numpy()}})[0]))
+    def run(images):
+        return torch.from_numpy(session.run(["logits"], {{"input": images.numpy()}})[0])
+    networks.append(run)
 with torch.inference_mode():
     torch.save([[network(images[:n]) for n in (1, 3, 16)] for network in networks], "outputs.pt")
 """
@@ -173,21 +180,20 @@ with torch.inference_mode():
 def test_python_lines_of_the_shipping_page_agree_with_the_network(
     exported, small, tmp_path, monkeypatch, capsys
 ):
-    program = re.search(
-        r"```python\n(.*?)```",
-        (ROOT / "docs" / "shipping.md").read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    ).group(1)
-    assert len(program.strip().splitlines()) <= 12 and "data" not in re.findall(
-        r"import (\w+)", program
-    )
+    page = (ROOT / "docs" / "shipping.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL).group(1)
+    tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(program).readline)]
+    assert len([kind for kind in tokens if kind not in LAYOUT]) <= 210  # 12 dense lines
+    assert "data" not in re.findall(r"import (\w+)", program)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "photos-export").symlink_to(exported)
     monkeypatch.chdir(tmp_path)
     model, checkpoint = load_checkpoint(small)
     images = data.load_data("digits", checkpoint["preprocessing"]).splits["test"][0]
     split = (numpy.array([Path("photo.jpg")]), torch.tensor([0]))
-    photo = data.Data(checkpoint["classes"], checkpoint["preprocessing"], {"test": split})
+    photo = data.Data(
+        checkpoint["classes"], checkpoint["preprocessing"], {"test": split}, kind="photos"
+    )
     for image in images[:3]:
         to_pil_image(image).resize((40, 30)).save("photo.jpg", quality=100)
         with torch.no_grad():
@@ -195,30 +201,31 @@ def test_python_lines_of_the_shipping_page_agree_with_the_network(
         names = {}
         exec(program, names)
         logits = torch.from_numpy(names["logits"])
-        torch.testing.assert_close(
-            logits, expected, rtol=0.02, atol=0.02
-        )  # torchvision resizes differently
+        torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.02)
         assert capsys.readouterr().out.strip() == checkpoint["classes"][expected.argmax()]
 
 
 def test_fold_batch_norm_keeps_the_outputs_and_the_network(small):
     model = load_checkpoint(small)[0]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    folded, images = export.fold_batch_norm(model), torch.randn(4, 3, 64, 64)
+    folded = export.fold_batch_norm(model)
+    images = torch.randn(4, 3, 64, 64)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
     with torch.no_grad():
         expected = model(images)
-        torch.testing.assert_close(
-            folded(images), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
-        )
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(folded(images), expected, rtol=1e-5, atol=1e-5 * largest)
         for part in ("expand", "depthwise", "project"):
-            layer, original = (getattr(network.blocks[2], part) for network in (folded, model))
+            layer = getattr(folded.blocks[2], part)
+            original = getattr(model.blocks[2], part)
             maps = torch.randn(2, layer.conv.weight.shape[1] * layer.conv.groups, 5, 5)
             torch.testing.assert_close(layer(maps), original(maps), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_with_preprocessing_files_take_pixels_and_return_probabilities(small, tmp_path, call, here):
+def test_with_preprocessing_files_take_pixels_and_return_probabilities(
+    small, tmp_path, call, here
+):
     command = ("--checkpoint", small, "--out", tmp_path, "--with-preprocessing")
     assert call(export, *command, "--formats", "torchscript", "pt2")[0] == 0
     assert json.loads((tmp_path / "report.json").read_text())["with_preprocessing"] is True
@@ -228,8 +235,10 @@ def test_with_preprocessing_files_take_pixels_and_return_probabilities(small, tm
         expected = model(next(iter(dataset.batches("test")))[0]).softmax(dim=1)
     pixels = dataset.splits["test"][0][:32]
     assert pixels.shape == (32, 1, 16, 16) and pixels.dtype == torch.uint8
-    for file, load in (("model.torchscript.pt", torch.jit.load), ("model.pt2", export.load_pt2)):
-        torch.testing.assert_close(load(tmp_path / file)(pixels), expected, rtol=1e-4, atol=1e-5)
+    for name in ("torchscript", "pt2"):
+        entry = export.FORMATS[name]
+        network = entry["load"](tmp_path / entry["file"])
+        torch.testing.assert_close(network(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_onnx
@@ -239,16 +248,14 @@ def test_onnx_and_int8_take_pixels_too(channels, tmp_path):
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     )
-    whole = export.WithPreprocessing(network, data.PHOTOS).eval()
+    whole = export.WithPreprocessing(network, data.PHOTO).eval()
     pixels = torch.randint(256, (5, channels, 8, 8), dtype=torch.uint8)
     path = tmp_path / "model.int8.onnx"
     export.export_int8(whole, pixels[:2], path, {"classes": "[]"}, [pixels[:2], pixels[2:]])
     expected = whole(pixels)
     torch.testing.assert_close(expected.sum(dim=1), torch.ones(5))
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    )
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(expected, network((pixels / 255 - mean) / std).softmax(dim=1))
     for file, tolerance in (("model.onnx", 1e-5), ("model.int8.onnx", 0.05)):
         for size in (1, 3, 5):
@@ -257,38 +264,27 @@ def test_onnx_and_int8_take_pixels_too(channels, tmp_path):
 
 
 def test_photos_and_all_kinds_of_checkpoints_are_exported(tmp_path, call, here, monkeypatch):
-    """With all 17 blocks: a checkpoint with a Chinese class name, and torchvision's file without names."""
+    """All 17 blocks: a checkpoint with a Japanese class name, and a file of torchvision's."""
     monkeypatch.setattr(mobilenetv2, "BOTTLENECKS", BOTTLENECKS)
+    photos = tmp_path / "photos"
     for name, colour in (("春の花", 200), ("dark", 0)):
-        (tmp_path / "photos" / name).mkdir(parents=True)
+        (photos / name).mkdir(parents=True)
         for number in range(5):
-            Image.new("RGB", (40, 30), (colour + number,) * 3).save(
-                tmp_path / "photos" / name / f"{number}.png"
-            )
-    save_checkpoint(
-        tmp_path / "ours.pt",
-        MobileNetV2(2, 0.35),
-        ["dark", "春の花"],
-        data.PHOTOS | {"image_size": 32},
-    )
-    torch.save(
-        torchvision.models.mobilenet_v2(num_classes=2, width_mult=0.35).state_dict(),
-        tmp_path / "theirs.pth",
-    )
+            image = Image.new("RGB", (40, 30), (colour + number,) * 3)
+            image.save(photos / name / f"{number}.png")
+    preprocessing = {**data.PHOTO, "image_size": 32}
+    ours = MobileNetV2(2, 0.35)
+    save_checkpoint(tmp_path / "ours.pt", ours, ["dark", "春の花"], preprocessing)
+    theirs = torchvision.models.mobilenet_v2(num_classes=2, width_mult=0.35)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    options = ("--data", photos, "--formats", "torchscript")
     for name in ("ours.pt", "theirs.pth"):
-        options = (
-            "--checkpoint",
-            tmp_path / name,
-            "--data",
-            tmp_path / "photos",
-            "--formats",
-            "torchscript",
-        )
-        assert call(export, *options, "--out", tmp_path / name[:-3])[0] == 0
-        assert (tmp_path / name[:-3] / "labels.txt").read_text(encoding="utf-8") == "dark\n春の花\n"
+        out = tmp_path / f"{name}-export"
+        assert call(export, "--checkpoint", tmp_path / name, "--out", out, *options)[0] == 0
+        assert (out / "labels.txt").read_text(encoding="utf-8") == "dark\n春の花\n"
 
 
-# ----------------------------------------------------------------------------------------------------- faults
+# -------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize(
@@ -309,49 +305,61 @@ def test_photos_and_all_kinds_of_checkpoints_are_exported(tmp_path, call, here, 
         ({"lost": 2, "images": 100}, None, "it loses 2 of 100 images"),
     ],
 )
-def test_verify_finds_faults(change, float_fault, int8_fault, tmp_path, monkeypatch):
-    case = {"batch_difference": 0.0, "difference": 1e-5, "lost": 0, "images": 1000} | change
+def test_verification_finds_faults(
+    change, float_fault, int8_fault, tmp_path, monkeypatch, here
+):
+    case = {"batch_difference": 0.0, "difference": 1e-5, "lost": 0, "images": 1000}
+    case.update(change)
     expected = torch.zeros(case["images"], 10)
     result = {
         "batch_difference": case["batch_difference"],
         "accuracy": 0.9 - case["lost"] / case["images"],
+        "latency_ms": 1.0,
     }
-    monkeypatch.setattr(export, "measure", lambda *_: (expected + case["difference"], dict(result)))
-    (tmp_path / "file").write_bytes(b"seven b")
-    pool = ThreadPoolExecutor(1)
+    monkeypatch.setattr(
+        export, "measure", lambda *_: (expected + case["difference"], dict(result))
+    )
+    entry = {
+        "file": "file",
+        "export": lambda network, example, path, *_: path.write_bytes(b"seven b"),
+        "load": lambda path: None,
+    }
     for name in export.FORMATS:
+        monkeypatch.setattr(export, "FORMATS", {name: entry})
+        reference = (expected, {"accuracy": 0.9})
+        formats, faults = export.export_formats(
+            [name], None, None, None, None, (), reference, tmp_path
+        )
         fault = int8_fault if name == "int8" else float_fault
         if fault:
-            with pytest.raises(ValueError, match=fault):
-                export.verify(name, None, tmp_path / "file", expected, 0.9, pool)
+            assert formats == {} and len(faults) == 1 and fault in faults[0]
+            assert faults[0].startswith("file (") and not (tmp_path / "file").exists()
         else:
-            assert export.verify(name, None, tmp_path / "file", expected, 0.9, pool)["bytes"] == 7
+            assert faults == [] and formats["file"]["bytes"] == 7
 
 
-def test_faulty_files_are_deleted_and_the_others_written(small, tmp_path, call, here, monkeypatch):
-    wrong = (
-        "wrong.pt",
-        export.export_torchscript,
-        lambda path: lambda images: torch.zeros(len(images), 10),
-    )
-    unreadable = ("unreadable.pt", export.export_torchscript, lambda path: 1 / 0)
-    right = export.FORMATS["torchscript"]
-    monkeypatch.setattr(export, "FORMATS", {"pt2": wrong, "onnx": unreadable, "torchscript": right})
-    (tmp_path / "wrong.pt").write_bytes(b"of an earlier network")
-    command = ("--checkpoint", small, "--out", tmp_path, "--formats", "pt2", "onnx", "torchscript")
-    code, _, err = call(export, *command)
-    assert code == 2 and err.startswith(
-        "export.py: not written: wrong.pt (its outputs differ by up to "
-    )
-    assert err.endswith("); unreadable.pt (division by zero)\n") and len(err.splitlines()) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "model.torchscript.pt",
-        "labels.txt",
-        "report.json",
+def test_faulty_files_are_deleted_and_the_others_written(
+    small, tmp_path, call, here, monkeypatch
+):
+    torchscript = export.FORMATS["torchscript"]
+    wrong = {
+        **torchscript,
+        "file": "wrong.pt",
+        "load": lambda path: lambda images: torch.zeros(len(images), 10),
     }
-    assert list(json.loads((tmp_path / "report.json").read_text())["formats"]) == [
-        "model.torchscript.pt"
-    ]
+    unreadable = {**torchscript, "file": "unreadable.pt", "load": lambda path: 1 / 0}
+    formats = {"pt2": wrong, "onnx": unreadable, "torchscript": torchscript}
+    monkeypatch.setattr(export, "FORMATS", formats)
+    (tmp_path / "wrong.pt").write_bytes(b"of an earlier network")
+    command = ("--checkpoint", small, "--out", tmp_path, "--formats", *formats)
+    code, _, err = call(export, *command)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith("export.py: not written: wrong.pt (its outputs differ by up to ")
+    assert err.endswith("); unreadable.pt (division by zero)\n")
+    written = {"model.torchscript.pt", "labels.txt", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["formats"]) == ["model.torchscript.pt"]
 
 
 def test_missing_packages_are_named_and_the_other_files_written(
@@ -362,29 +370,58 @@ def test_missing_packages_are_named_and_the_other_files_written(
         export, "--checkpoint", small, "--out", tmp_path, "--formats", "torchscript", "onnx"
     )
     assert code == 0 and len(err.splitlines()) == 1
-    assert err.startswith("no onnx (import of onnx halted") and err.endswith(
-        "): pip install -r requirements-onnx.txt\n"
-    )
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "model.torchscript.pt",
-        "labels.txt",
-        "report.json",
-    }
+    assert err.startswith("no onnx (import of onnx halted")
+    assert err.endswith("): pip install -r requirements-onnx.txt\n")
+    written = {"model.torchscript.pt", "labels.txt", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def test_bad_input_ends_in_one_line(small, tmp_path, call, here):
-    code, _, err = call(export, "--checkpoint", tmp_path / "nothing.pt", "--out", tmp_path / "out")
-    assert (
-        code == 2
-        and len(err.splitlines()) == 1
-        and "nothing.pt" in err
-        and not (tmp_path / "out").exists()
-    )
+    out = tmp_path / "out"
+    code, _, err = call(export, "--checkpoint", tmp_path / "nothing.pt", "--out", out)
+    assert code == 2 and len(err.splitlines()) == 1 and "nothing.pt" in err
+    assert not out.exists()
     (tmp_path / "file").write_text("")
     code, _, err = call(
         export, "--checkpoint", small, "--out", tmp_path / "file", "--formats", "torchscript"
     )
     assert code == 2 and len(err.splitlines()) == 1 and str(tmp_path / "file") in err
+
+
+def test_unknown_option_is_refused(small, tmp_path, call):
+    """The files are for the CPU, so --device would be ignored."""
+    out = tmp_path / "out"
+    code, _, err = call(export, "--checkpoint", small, "--out", out, "--device", "cpu")
+    assert (code, err) == (
+        2,
+        "export.py: unrecognized arguments: --device cpu; see --help\n",
+    )
+    assert not out.exists()
+
+
+def test_exporters_are_quiet_only_while_they_run(caplog):
+    root = logging.getLogger()
+    before = [list(warnings.filters), list(root.filters)]
+    with export.quiet_exporters():
+        root.warning("use this tool before quantization")
+        root.warning("another message")
+    assert [record.getMessage() for record in caplog.records] == ["another message"]
+    assert [warnings.filters, root.filters] == before
+    with pytest.raises(OSError), export.quiet_exporters():
+        raise OSError("No space left on device")
+    assert [warnings.filters, root.filters] == before
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_verification_shows_no_warnings(file, exported, small):
+    """It runs in a process of its own, which prints warnings between the rows of the table."""
+    checkpoint = load_checkpoint(small)[1]
+    dataset = data.load_data("digits", checkpoint["preprocessing"])
+    (load,) = [entry["load"] for entry in export.FORMATS.values() if entry["file"] == file]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        export.load_and_measure(load, exported / file, 1, dataset, "test", False)
+    assert [str(warning.message) for warning in shown] == []
 
 
 def test_full_disk_keeps_the_old_file(small, tmp_path, call, here, monkeypatch):
@@ -393,7 +430,10 @@ def test_full_disk_keeps_the_old_file(small, tmp_path, call, here, monkeypatch):
     def write(*_):
         raise OSError(28, "No space left on device")
 
-    for target, name in ((mobilenetv2, "open"), (Path, "write_bytes")):  # --out; temporary folder
+    for target, name in (
+        (mobilenetv2, "open"),
+        (Path, "write_bytes"),
+    ):  # --out; temporary folder
         with monkeypatch.context() as context:
             context.setattr(target, name, write, raising=False)
             code, _, err = call(

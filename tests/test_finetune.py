@@ -33,7 +33,7 @@ def start(tmp_path_factory):
     """Save a network for letters with random weights. Its classes are not the digits."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("start") / "start.pt"
-    save_checkpoint(path, MobileNetV2(37, 0.35), data.GLYPH_CLASSES, data.SMALL)
+    save_checkpoint(path, MobileNetV2(37, 0.35), data.GLYPH_CLASSES, data.SMALL_IMAGE)
     return path
 
 
@@ -59,7 +59,8 @@ def photos(tmp_path):
 @pytest.fixture
 def epochs(monkeypatch):
     """Collect stage, weights and names of the parameters with gradients after each epoch."""
-    epochs, save_epoch = [], train.save_epoch
+    epochs = []
+    save_epoch = train.save_epoch
 
     def save_and_collect(args, model, dataset, history, *rest):
         save_epoch(args, model, dataset, history, *rest)
@@ -105,8 +106,9 @@ def test_front_and_rest_are_the_backbone_cut_in_two(count):
 def test_learning_rates_fall_towards_the_input_and_biases_have_no_weight_decay():
     model = MobileNetV2(10, 0.35)
     _, rest = finetune.divide(model, 3)
-    args, rates = SimpleNamespace(learning_rate=1.0, weight_decay=0.01, block_decay=0.9), {}
-    for group in finetune.layer_groups(rest, model.classifier, args):
+    args = SimpleNamespace(learning_rate=1.0, weight_decay=0.01, block_decay=0.9)
+    rates = {}
+    for group in finetune.make_optimizer(model.classifier, rest, args).param_groups:
         for parameter in group["params"]:
             rates[parameter] = group["lr"]
             assert group["weight_decay"] == (0.01 if parameter.dim() > 1 else 0)
@@ -145,7 +147,9 @@ def test_frozen_layers_stay_bit_equal_and_others_move(start, tmp_path, call, epo
     assert gradients[3] == {name for name in parameters if name.startswith(free)}
     for key in weights[3]:
         statistics = key.endswith(("running_mean", "running_var", "num_batches_tracked"))
-        moves = key.startswith(free) and (not statistics or "--no-train-batch-norm" not in options)
+        moves = key.startswith(free) and (
+            not statistics or "--no-train-batch-norm" not in options
+        )
         assert torch.equal(weights[1][key], weights[3][key]) != moves, key
 
 
@@ -158,13 +162,17 @@ def test_small_images_train_all_layers_and_photos_the_last_blocks(
         "block_decay": 1.0,
         "unfreeze": 17,
         "train_batch_norm": True,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.1,
     }
     large = {
         "epochs": 10,
         "learning_rate": 0.002,
         "block_decay": 0.9,
         "unfreeze": 8,
-        "train_batch_norm": None,
+        "train_batch_norm": False,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.1,
     }
     for source, expected in (("digits", small), (photos, large)):
         options = ("--data", source, "--image-size", 16, "--classifier-epochs", 1)
@@ -174,28 +182,56 @@ def test_small_images_train_all_layers_and_photos_the_last_blocks(
         assert {name: settings[name] for name in expected} == expected
 
 
-# ------------------------------------------------------------------------------ features, progress
+# ---------------------------------------------------------------------------------------- features
 
 
-def test_cached_features_are_those_of_the_network_and_an_epoch_repeats_them():
+def test_extracted_features_are_those_of_the_network_in_eval_mode():
+    model = MobileNetV2(10, 0.35, output_stride=16)
+    nn.init.normal_(model.stem.norm.running_mean)  # the outputs in training mode differ
+    front, rest = finetune.divide(model, 5)
+    backbone = nn.Sequential(front, rest, nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4)) for _ in range(2)]
+    features, labels = finetune.extract_features(backbone, batches)
+    assert features.shape == (8, 1280) and not features.requires_grad
+    assert labels.tolist() == [0, 1, 2, 3] * 2
+    model.eval()
+    with torch.no_grad():
+        expected = torch.cat([model.features(images) for images, _ in batches])
+    torch.testing.assert_close(features, expected)
+
+
+def test_stage_classifier_trains_on_cached_features_and_an_epoch_repeats_them(monkeypatch):
     dataset = data.load_data("digits", {"image_size": 16}, per_class=3, batch_size=16)
     dataset.repeats = 2
     model = MobileNetV2(10, 0.35, output_stride=16)
     nn.init.normal_(model.stem.norm.running_mean)  # the outputs in training mode differ
-    front, rest = finetune.divide(model, 5)
-    train_batches, val_batches = finetune.cache_features(nn.Sequential(front, rest), dataset)
-    features, labels = train_batches.dataset.tensors
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda *arguments, **options: seen.extend(arguments))
+    args = SimpleNamespace(
+        classifier_epochs=1,
+        learning_rate=0.1,
+        weight_decay=0,
+        loss="dice",
+        label_smoothing=0,
+        seed=0,
+        amp="off",
+    )
+    finetune.train_classifier(model, dataset, args, history=[], save=None)
+    trained, train_batches, val_batches, _, _, loss = seen
+    assert set(trained.parameters()) == set(model.classifier.parameters())
+    assert loss is train.dice_loss
+    features = train_batches.inputs
+    labels = train_batches.labels
     assert features.shape == (30, 1280) and not features.requires_grad
     model.eval()
-    for split, found, found_labels in (
-        ("train", features, labels),
-        ("val", *(torch.cat(parts) for parts in zip(*val_batches))),
-    ):
+    for split, batches in (("train", train_batches), ("val", val_batches)):
         with torch.no_grad():
             pairs = [(model.features(x), y) for x, y in dataset.batches(split)]
         expected, expected_labels = (torch.cat(parts) for parts in zip(*pairs))
-        torch.testing.assert_close(found, expected)
-        assert torch.equal(found_labels, expected_labels)
+        torch.testing.assert_close(batches.inputs, expected)
+        assert torch.equal(batches.labels, expected_labels)
+    in_order = torch.cat([inputs for inputs, _ in val_batches])
+    assert torch.equal(in_order, val_batches.inputs)
 
     # An epoch has 3 batches, as 2 passes over 30 images have, in random order.
     orders = []
@@ -212,13 +248,16 @@ def test_cached_features_are_those_of_the_network_and_an_epoch_repeats_them():
     assert orders[0].equal(orders[2]) and not orders[0].equal(orders[1])
 
 
-def test_the_backbone_sees_each_image_once_in_stage_classifier(start, tmp_path, call, monkeypatch):
+def test_the_backbone_sees_each_image_once_in_stage_classifier(
+    start, tmp_path, call, monkeypatch
+):
     counts = []
-    hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: (
-            counts.append(len(output)) if isinstance(module, nn.Flatten) else None
-        )
-    )
+
+    def count(module, inputs, output):
+        if isinstance(module, nn.Flatten):
+            counts.append(len(output))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
     command = (*SHORT, "--checkpoint", start, "--epochs", 0, "--out", tmp_path)
     try:
         assert call(finetune, *command)[0] == 0
@@ -227,31 +266,22 @@ def test_the_backbone_sees_each_image_once_in_stage_classifier(start, tmp_path, 
     assert sum(counts) == 40 + 184
 
 
-def test_a_long_pass_shows_its_progress(monkeypatch, capsys):
-    now = iter([0, 10, 20, 30, 40])  # seconds
-    monkeypatch.setattr(finetune.time, "monotonic", lambda: next(now))
-    batches = [(torch.zeros(8, 3), torch.zeros(8))] * 4
-    assert list(finetune.show_progress(batches, "features (train)")) == batches
-    lines = [
-        "features (train)  2 of 4 batches, 1 images/s",
-        "features (train)  4 of 4 batches, 1 images/s",
-    ]
-    assert capsys.readouterr().out.splitlines() == lines
-
-
 # -------------------------------------------------------------------------------------------- a run
 
 
-def test_each_stage_has_all_its_epochs_and_best_is_kept(start, tmp_path, call, monkeypatch, epochs):
+def test_each_stage_has_all_its_epochs_and_best_is_kept(
+    start, tmp_path, call, monkeypatch, epochs
+):
     # The best score is that of the second epoch, and of the third.
-    scores, first_weights = iter([0.5, 0.6, 0.6, 0.4, *[0.5, 0.3, 0.5]]), []
-    layer_groups = finetune.layer_groups
+    scores = iter([0.5, 0.6, 0.6, 0.4, *[0.5, 0.3, 0.5]])
+    first_weights = []
+    make_optimizer = finetune.make_optimizer
 
-    def collect(trained, classifier, args):
+    def collect(classifier, layers, args):
         first_weights.append(classifier.weight.clone())
-        return layer_groups(trained, classifier, args)
+        return make_optimizer(classifier, layers, args)
 
-    monkeypatch.setattr(finetune, "layer_groups", collect)
+    monkeypatch.setattr(finetune, "make_optimizer", collect)
     monkeypatch.setattr(train, "score", lambda *_: {"loss": 1.0, "top1": next(scores)})
     command = (*SHORT, "--classifier-epochs", 4, "--epochs", 3)
     command += ("--checkpoint", start, "--out", tmp_path)
@@ -277,15 +307,16 @@ def test_a_run_has_one_history_and_the_same_command_gives_the_same_bytes(
     with open(tmp_path / "log.csv", newline="") as file:
         rows = [(row["stage"], row["epoch"]) for row in csv.DictReader(file)]
     assert rows == [("classifier", "1"), ("classifier", "2"), ("blocks", "3"), ("blocks", "4")]
-    best, lines = tmp_path / "best.pt", out.splitlines()
+    best = tmp_path / "best.pt"
+    lines = out.splitlines()
     assert lines[0] == f"digits: 10 classes, on cpu; from {start}"
-    assert (
-        lines[-1]
-        == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
+    command = (
+        f"python evaluate.py --checkpoint {best} --data digits --out {tmp_path}-evaluation"
     )
+    assert lines[-1] == f"next: {command}"
     checkpoint = load_checkpoint(best)[1]
     assert checkpoint["classes"] == list("0123456789")
-    assert checkpoint["preprocessing"] == data.SMALL | {"image_size": 16}
+    assert checkpoint["preprocessing"] == data.SMALL_IMAGE | {"image_size": 16}
     for name in ("best.pt", "last.pt", "log.csv"):
         assert (tmp_path / name).read_bytes() == (tuned / name).read_bytes()
 
@@ -337,14 +368,14 @@ def test_it_starts_from_torchvisions_weights_and_keeps_their_normalisation(
         assert all(torch.equal(theirs[key], weights[key]) for key in list(weights)[:-2])
         assert model.arch["num_classes"] == 10
         grey = {"image_size": 16, "channels": 1, "crop": 1.0}
-        assert checkpoint["preprocessing"] == data.PHOTOS | grey
+        assert checkpoint["preprocessing"] == data.PHOTO | grey
 
 
 def test_width_and_output_stride_come_from_the_checkpoint_but_the_stride_may_change(
     tmp_path, call, untrained
 ):
     model = MobileNetV2(3, 0.5, output_stride=8)
-    save_checkpoint(tmp_path / "start.pt", model, ["one", "two", "three"], data.SMALL)
+    save_checkpoint(tmp_path / "start.pt", model, ["one", "two", "three"], data.SMALL_IMAGE)
     for options, stride in (((), 8), (("--output-stride", 16), 16)):
         folder = tmp_path / str(stride)
         command = (*SHORT, "--checkpoint", tmp_path / "start.pt", "--epochs", 0, *options)
@@ -356,8 +387,8 @@ def test_width_and_output_stride_come_from_the_checkpoint_but_the_stride_may_cha
 
 def test_the_classifier_is_kept_only_for_the_same_class_names(tmp_path, call, untrained):
     model = MobileNetV2(10, 0.35)
-    save_checkpoint(tmp_path / "letters", model, list("ABCDEFGHIJ"), data.SMALL)
-    save_checkpoint(tmp_path / "digits", model, list("0123456789"), data.SMALL)
+    save_checkpoint(tmp_path / "letters", model, list("ABCDEFGHIJ"), data.SMALL_IMAGE)
+    save_checkpoint(tmp_path / "digits", model, list("0123456789"), data.SMALL_IMAGE)
     torch.save(to_torchvision(model.state_dict()), tmp_path / "torchvision")
     for name, kept in (("letters", False), ("digits", True), ("torchvision", False)):
         folder = tmp_path / f"run-{name}"
@@ -378,7 +409,8 @@ class Hostile:
 
 def make_bad(kind, tmp_path, start):
     """Return the arguments of a bad command, and a part of its message."""
-    bad, folder = tmp_path / "bad.pt", tmp_path / "folder"
+    bad = tmp_path / "bad.pt"
+    folder = tmp_path / "folder"
     folder.mkdir()
     damaged = f"cannot load '{bad}' ("
     if kind == "missing checkpoint":
@@ -393,7 +425,12 @@ def make_bad(kind, tmp_path, start):
         bad.write_bytes(pickle.dumps(Hostile(), protocol=2))
         return ("--checkpoint", bad), f"{damaged}damaged, or more than tensors"
     if kind == "missing folder":
-        return ("--checkpoint", start, "--data", tmp_path / "none"), "no such folder or dataset"
+        return (
+            "--checkpoint",
+            start,
+            "--data",
+            tmp_path / "none",
+        ), "no such folder or dataset"
     if kind == "empty folder":
         return ("--checkpoint", start, "--data", folder), "found no folder; at least two class"
     if kind == "no image":
@@ -404,7 +441,7 @@ def make_bad(kind, tmp_path, start):
     if kind == "per class":
         return ("--checkpoint", start, "--per-class", 5000), "a class has 68 images"
     value = {"--epochs": -1, "--unfreeze": 18, "--classifier-epochs": 0}[kind]
-    return ("--checkpoint", start, kind, value), f"{kind} {value}: use a value from "
+    return ("--checkpoint", start, kind, value), f"argument {kind}: {value}: use a value from "
 
 
 @pytest.mark.parametrize(

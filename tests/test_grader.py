@@ -1,4 +1,7 @@
-"""Typical wrong networks, as patches of the correct one: the grader must fail each with a message that names its fault."""
+"""Typical wrong networks, as patches of the correct one.
+
+The grader must fail each with a message that names its fault.
+"""
 
 import ast
 import inspect
@@ -37,17 +40,27 @@ REPEAT = "stride = row_stride if repeat == 0 else 1"
 
 # fault: (pattern of the message, (old text, new text), ...)
 WRONG = {
-    "the typo of Table 2 in the paper's first version": ("typo of Table 2", STRIDE_64, STRIDE_96),
+    "the typo of Table 2 in the paper's first version": (
+        "typo of Table 2",
+        STRIDE_64,
+        STRIDE_96,
+    ),
     "one block per row": (
         "n in Table 2 is the number of blocks in a row",
         ("for repeat in range(repeats)", "for repeat in range(1)"),
     ),
-    "a block too many": ("56 layers with weights, expected 53", ("(6, 64, 4, 2)", "(6, 64, 5, 2)")),
+    "a block too many": (
+        "56 layers with weights, expected 53",
+        ("(6, 64, 4, 2)", "(6, 64, 5, 2)"),
+    ),
     "three fully connected layers": (
         "3 linear layers, expected one",
         (
             CLASSIFIER,
-            "self.classifier = nn.Sequential(nn.Linear(1280, 64), nn.Linear(64, 64), nn.Linear(64, num_classes))",
+            (
+                "self.classifier = nn.Sequential("
+                "nn.Linear(1280, 64), nn.Linear(64, 64), nn.Linear(64, num_classes))"
+            ),
         ),
     ),
     "no head": (
@@ -66,7 +79,8 @@ WRONG = {
         "a shortcut with a convolution",
         (
             PROJECT,
-            PROJECT + "\n        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride)",
+            PROJECT
+            + "\n        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride)",
         ),
         (SHORTCUT, "return self.shortcut(x) + out"),
     ),
@@ -75,7 +89,10 @@ WRONG = {
         ("x = self.head(x)", "x = self.head(x.mean(dim=(2, 3), keepdim=True))"),
     ),
     "maximum for average": (
-        "of the 2 × 2 places in the head's feature maps the classifier takes the maximum, expected their average",
+        (
+            "of the 2 × 2 places in the head's feature maps the classifier takes the maximum,"
+            " expected their average"
+        ),
         (POOLING, "return x.amax(dim=(2, 3))"),
     ),
     "flattened for averaged": (
@@ -98,13 +115,19 @@ WRONG = {
     ),
     "stride in the expansion": (
         "expansion: stride 2, expected 1",
-        (EXPAND, "nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1, stride)"),
+        (
+            EXPAND,
+            "nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1, stride)",
+        ),
         (DEPTHWISE, "self.depthwise = convolution(wide, wide, 3, groups=wide)"),
     ),
     "stride in the projection": (
         "depthwise convolution: stride 1, expected 2",
         (DEPTHWISE, "self.depthwise = convolution(wide, wide, 3, groups=wide)"),
-        (PROJECT, "self.project = convolution(wide, out_channels, 1, stride, activation=False)"),
+        (
+            PROJECT,
+            "self.project = convolution(wide, out_channels, 1, stride, activation=False)",
+        ),
     ),
     "stride in every block of a row": (
         "block 2 of 2, depthwise convolution: stride 2, expected 1",
@@ -151,7 +174,10 @@ WRONG = {
         (", activation=False)", ")"),
     ),
     "ReLU for ReLU6": ("is followed by ReLU, expected ReLU6", ("nn.ReLU6(", "nn.ReLU(")),
-    "SiLU for ReLU6": (r"is followed by SiLU \(Swish\), expected ReLU6", ("nn.ReLU6(", "nn.SiLU(")),
+    "SiLU for ReLU6": (
+        r"is followed by SiLU \(Swish\), expected ReLU6",
+        ("nn.ReLU6(", "nn.SiLU("),
+    ),
     "no activation behind the depthwise convolution": (
         "depthwise convolution: is followed by no activation",
         (DEPTHWISE, DEPTHWISE.replace("groups=wide", "groups=wide, activation=False")),
@@ -192,7 +218,10 @@ WRONG = {
         "share their weights",
         (
             "blocks.append(InvertedResidual(channels, out_channels, stride, expansion))",
-            "blocks.append(self.blocks[-1] if repeat > 1 else InvertedResidual(channels, out_channels, stride, expansion))",
+            (
+                "blocks.append(self.blocks[-1] if repeat > 1"
+                " else InvertedResidual(channels, out_channels, stride, expansion))"
+            ),
         ),
     ),
     "layers in a Python list": (
@@ -212,7 +241,10 @@ WRONG = {
         r"num_classes=7 gives \(2, 1000\)",
         (CLASSIFIER, CLASSIFIER.replace("num_classes", "1000")),
     ),
-    "a tuple": ("forward returns tuple, .*return the logits alone", (FORWARD, FORWARD + ", x")),
+    "a tuple": (
+        "forward returns tuple, .*return the logits alone",
+        (FORWARD, FORWARD + ", x"),
+    ),
     "nothing returned": (
         "forward returns NoneType, .*is a return missing",
         (FORWARD, FORWARD.replace("return ", "")),
@@ -276,7 +308,10 @@ WRONG = {
         (PROJECT, PROJECT + "\n        self.gate = nn.Conv2d(wide, wide, 1)"),
         (
             "out = self.depthwise(out)",
-            "out = self.depthwise(out)\n        out = out * self.gate(out.mean((2, 3), keepdim=True)).sigmoid()",
+            (
+                "out = self.depthwise(out)\n"
+                "        out = out * self.gate(out.mean((2, 3), keepdim=True)).sigmoid()"
+            ),
         ),
     ),
     "frozen weights": (
@@ -317,21 +352,33 @@ WRONG = {
         (SHORTCUT, SHORTCUT.replace("x + out", "x.detach() + out")),
     ),
     "a detached image": (
-        "the gradient of the image differs .* by 100%.* in row 1 of Table 2 .the stem, conv2d 3×3., or directly in front of it",
+        (
+            "the gradient of the image differs .* by 100%.*"
+            " in row 1 of Table 2 .the stem, conv2d 3×3., or directly in front of it"
+        ),
         ("x = self.stem(x)", "x = self.stem(x.detach())"),
     ),
     "half of the gradient": (
-        "the gradient of 'blocks.16.project.norm.bias' differs .* by 50%. Those of all later layers agree",
+        (
+            "the gradient of 'blocks.16.project.norm.bias' differs .* by 50%."
+            " Those of all later layers agree"
+        ),
         ("x = self.blocks(x)", "x = self.blocks(x) / 2\n        x = x + x.detach()"),
     ),
     "strides and pooling for CIFAR": (
-        "row 1 .*: stride 1, expected 2; row 3, block 1 of 2, depthwise convolution: stride 1, expected 2. .* CIFAR",
+        (
+            "row 1 .*: stride 1, expected 2;"
+            " row 3, block 1 of 2, depthwise convolution: stride 1, expected 2. .* CIFAR"
+        ),
         ("strides = [2] +", "strides = [1] +"),
         ("(6, 24, 2, 2)", "(6, 24, 2, 1)"),
         (POOLING, "return nn.functional.avg_pool2d(x, 4).flatten(1)"),
     ),
     "no global pooling": (
-        r"student.py, line \d+ .* 62720 = 1280 · 7 · 7: the pooling in front of the classifier is not global",
+        (
+            r"student.py, line \d+ .* 62720 = 1280 · 7 · 7:"
+            " the pooling in front of the classifier is not global"
+        ),
         (POOLING, "return x.flatten(1)"),
     ),
     "a pooling of 7 × 7 for an image of 64": (
@@ -345,10 +392,16 @@ WRONG = {
         ("x = self.head(x)", ""),
     ),
     "more memory than the grader allows": (
-        r"student.py, line .*grader's limit .*: with this Linear the network has 1,0\d\d MB of weights",
+        (
+            r"student.py, line .*grader's limit .*:"
+            r" with this Linear the network has 1,0\d\d MB of weights"
+        ),
         (
             CLASSIFIER,
-            "self.classifier = nn.Sequential(nn.Linear(62720, 4096), nn.Linear(4096, num_classes))",
+            (
+                "self.classifier = nn.Sequential("
+                "nn.Linear(62720, 4096), nn.Linear(4096, num_classes))"
+            ),
         ),
         (POOLING, "return x.flatten(1)"),
     ),
@@ -357,10 +410,16 @@ WRONG = {
         (PROJECT, PROJECT + "\n        self.norm = nn.BatchNorm2d(out_channels)"),
     ),
     "BatchNorm built, but missing after the projection": (
-        "projection: nn.BatchNorm2d, .* does not follow directly. 'blocks.0.norm' is built in __init__",
+        (
+            "projection: nn.BatchNorm2d, .* does not follow directly."
+            " 'blocks.0.norm' is built in __init__"
+        ),
         (
             PROJECT,
-            "self.project, self.norm = nn.Conv2d(wide, out_channels, 1), nn.BatchNorm2d(out_channels)",
+            (
+                "self.project, self.norm = nn.Conv2d(wide, out_channels, 1),"
+                " nn.BatchNorm2d(out_channels)"
+            ),
         ),
     ),
     "BatchNorm folded into the convolutions": (
@@ -373,12 +432,18 @@ WRONG = {
         ("x = self.dropout(x)", "x = nn.Dropout(0.2)(x)"),
     ),
     "dropout between BatchNorm and activation": (
-        "dropout is between BatchNorm and activation of row 1 .*, expected only in front of the classifier",
+        (
+            "dropout is between BatchNorm and activation of row 1 .*,"
+            " expected only in front of the classifier"
+        ),
         (NORM, NORM + "\n    layers.dropout = nn.Dropout(0.1)"),
     ),
     "dropout behind the projection": (
         "dropout is behind the BatchNorm of row 2 .* projection",
-        (SHORTCUT, "out = nn.functional.dropout(out, 0.1, self.training)\n        " + SHORTCUT),
+        (
+            SHORTCUT,
+            "out = nn.functional.dropout(out, 0.1, self.training)\n        " + SHORTCUT,
+        ),
     ),
     "log-softmax at the end": (
         "is followed by log-softmax, .*it is redundant.*the gradients are the same",
@@ -407,7 +472,10 @@ WRONG = {
         "uses torchvision's MobileNetV2; write all parts yourself",
         (
             "self.apply(initialise)",
-            "import torchvision\n        self.network = torchvision.models.MobileNetV2(num_classes)",
+            (
+                "import torchvision\n"
+                "        self.network = torchvision.models.MobileNetV2(num_classes)"
+            ),
         ),
     ),
 }
@@ -462,17 +530,17 @@ def score(submission):
 def patch(*changes):
     source = SOURCE
     for old, new in changes:
-        assert source.count(old) == 1, f"'{old}' is {source.count(old)} times in mobilenetv2.py"
+        assert source.count(old) == 1, (
+            f"'{old}' is {source.count(old)} times in mobilenetv2.py"
+        )
         source = source.replace(old, new)
     return source
 
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_network_fails_with_the_correct_message(fault, monkeypatch):
-    for name in (
-        "kaiming_uniform_",
-        "kaiming_normal_",
-    ):  # slow, and the grader randomises the weights that it finds
+    # Initialisation is slow, and the grader randomises the weights that it finds.
+    for name in ("kaiming_uniform_", "kaiming_normal_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, **_: tensor.detach().fill_(0.01))
     message, *changes = WRONG[fault]
     found = grade(load(patch(*changes)))
@@ -480,7 +548,10 @@ def test_a_wrong_network_fails_with_the_correct_message(fault, monkeypatch):
 
 
 class Stage(nn.Sequential):
-    """A student's way to write it: other names, a subclass of Sequential, ReLU6 as a clamp, and a functional one."""
+    """A student's way to write a block.
+
+    It has other names, a subclass of Sequential, ReLU6 as a clamp, and a functional one.
+    """
 
     def __init__(self, inside, outside, stride, expansion):
         wide = inside * expansion
@@ -572,7 +643,11 @@ def test_independent_faults_cost_only_their_own_points():
     )
     found = statuses(load(patch(*changes)))
     assert [name for name in found if found[name] == "failed"] == [
-        "normalisation", "linear bottleneck", "shortcut", "parameters and multiply-adds"]  # fmt: skip
+        "normalisation",
+        "linear bottleneck",
+        "shortcut",
+        "parameters and multiply-adds",
+    ]
     # The gradients reach all parameters, but their values cannot be compared.
     assert [name for name in found if found[name] == "skipped"] == ["gradients"]
 
@@ -591,7 +666,8 @@ def test_a_network_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.setattr(grader, "TIME_LIMIT", 0.5)
     message = grade(load(patch((POOLING, "while True: pass"))))
     assert re.search(
-        r"student.py, line \d+ .*: the grader's limit .*: it takes more than 0.5 seconds", message
+        r"student.py, line \d+ .*: the grader's limit .*: it takes more than 0.5 seconds",
+        message,
     ), message
 
 
@@ -624,7 +700,9 @@ def test_the_command_grades_a_file_and_noise_does_not_hide_the_score(tmp_path):
             "for repeat in range(repeats):\n                row_stride = 1\n",
         )
     ]
-    no_strides += [("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)")]
+    no_strides += [
+        ("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)")
+    ]
     noise = [
         (
             "return self.classifier(x)",
@@ -641,10 +719,11 @@ def test_the_command_grades_a_file_and_noise_does_not_hide_the_score(tmp_path):
     assert [line.split()[-5:] for line in lines if line.startswith("strides  ")] == [
         ["strides", "failed", "0", "/", "10"]
     ]
-    assert (
-        "strides: these strides differ from Table 2: row 1 (the stem, conv2d 3×3): stride 1, expected 2;"
-        in " ".join(lines)
+    message = (
+        "strides: these strides differ from Table 2:"
+        " row 1 (the stem, conv2d 3×3): stride 1, expected 2;"
     )
+    assert message in " ".join(lines)
     assert "shortcut                      skipped    0 / 10   because of strides" in lines
     assert "total                                   20 / 100" in lines
     assert "noise" not in output and "Traceback" not in output and "FAILED" not in output
@@ -654,7 +733,11 @@ def test_the_command_grades_a_file_and_noise_does_not_hide_the_score(tmp_path):
 def test_the_exit_code_is_0_only_if_all_criteria_pass(tmp_path, monkeypatch, capsys):
     """In this process, because another one would import torch for seconds."""
     monkeypatch.chdir(ROOT)
-    no_width = "\nclass MobileNetV2(MobileNetV2):\n    def __init__(self, categories=10):\n        super().__init__(categories)"
+    no_width = (
+        "\nclass MobileNetV2(MobileNetV2):\n"
+        "    def __init__(self, categories=10):\n"
+        "        super().__init__(categories)"
+    )
     for source, code, points, end in (
         (SOURCE, 0, "100 / 100", ""),
         (
@@ -676,13 +759,26 @@ def test_the_exit_code_is_0_only_if_all_criteria_pass(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(
     "text, message",
-    [(None, "FileNotFoundError"), ("import nothing_like_this", "ModuleNotFoundError"), ("def MobileNetV2(: pass", "SyntaxError"),
-     ("x = 3", "no class MobileNetV2; it has no class at all"), ("MobileNetV2 = 3", "MobileNetV2 is 3, not a class"),
-     ("class Block: pass\nclass MobileNet_V2: pass", "no class MobileNetV2; its classes are Block, MobileNet_V2 .*rename"),
-     ("from torchvision.models import MobileNetV2", "torchvision's class or a subclass"),
-     ("import torchvision\nclass MobileNetV2(torchvision.models.MobileNetV2): pass", "torchvision's class or a subclass"),
-     ("\n1 / 0", "ZeroDivisionError, line 2"), ("exit(0)", "SystemExit, line 1.*__main__"), ("while True: pass", "the grader's limit, line 1: it takes more than 0.3 seconds")],
-)  # fmt: skip
+    [
+        (None, "FileNotFoundError"),
+        ("import nothing_like_this", "ModuleNotFoundError"),
+        ("def MobileNetV2(: pass", "SyntaxError"),
+        ("x = 3", "no class MobileNetV2; it has no class at all"),
+        ("MobileNetV2 = 3", "MobileNetV2 is 3, not a class"),
+        (
+            "class Block: pass\nclass MobileNet_V2: pass",
+            "no class MobileNetV2; its classes are Block, MobileNet_V2 .*rename",
+        ),
+        ("from torchvision.models import MobileNetV2", "torchvision's class or a subclass"),
+        (
+            "import torchvision\nclass MobileNetV2(torchvision.models.MobileNetV2): pass",
+            "torchvision's class or a subclass",
+        ),
+        ("\n1 / 0", "ZeroDivisionError, line 2"),
+        ("exit(0)", "SystemExit, line 1.*__main__"),
+        ("while True: pass", "the grader's limit, line 1: it takes more than 0.3 seconds"),
+    ],
+)
 def test_a_file_that_cannot_be_graded_gives_an_error_of_one_line(
     tmp_path, text, message, monkeypatch
 ):
@@ -699,23 +795,39 @@ def test_a_file_that_cannot_be_graded_gives_an_error_of_one_line(
 
 @pytest.mark.parametrize(
     "parameters, message",
-    [("self, depth, num_classes=1000", r"TypeError: .*'depth'. The parameters are \(depth, num_classes=1000\); expected"),
-     ("self, **kwargs", r"TypeError: .*unexpected keyword argument 'num_classes'. The parameters are \(\*\*kwargs\)")],
-)  # fmt: skip
+    [
+        (
+            "self, depth, num_classes=1000",
+            r"TypeError: .*'depth'. The parameters are \(depth, num_classes=1000\); expected",
+        ),
+        (
+            "self, **kwargs",
+            (
+                r"TypeError: .*unexpected keyword argument 'num_classes'."
+                r" The parameters are \(\*\*kwargs\)"
+            ),
+        ),
+    ],
+)
 def test_a_message_about_parameters_names_those_of_the_network(parameters, message):
-    source = f"from torch import nn\nclass MobileNetV2(nn.Module):\n  def __init__({parameters}):\n    super().__init__()\n"
+    source = (
+        "from torch import nn\n"
+        "class MobileNetV2(nn.Module):\n"
+        f"  def __init__({parameters}):\n"
+        "    super().__init__()\n"
+    )
     source += "    print(depth)" if "depth" in parameters else "    nn.ReLU(**kwargs)"
     assert re.search(message, grade(load(source)))
 
 
-# ------------------------------------------------------------------------------------------------ the assignment
+# ------------------------------------------------------------------------------- the assignment
 
 ASSIGNMENT = ROOT / "docs" / "assignment"
 SKELETON = (ASSIGNMENT / "student.py").read_text(encoding="utf-8")
 
 
 def definitions(source):
-    """Return the source of each class, function and constant at the top level of a file, by name."""
+    """Return the source of each class, function and constant at a file's top level, by name."""
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -730,9 +842,8 @@ def fill(*names):
     source, solution = SKELETON, definitions(SOURCE)
     for name in names:
         source = source.replace(definitions(SKELETON)[name], solution[name])
-    return "\n\n".join(
-        [solution["STRIDES_DROPPED"], source, solution["initialise"]]
-    )  # the project's network uses both
+    # The project's network uses STRIDES_DROPPED and initialise.
+    return "\n\n".join([solution["STRIDES_DROPPED"], source, solution["initialise"]])
 
 
 TASKS = {  # solved parts: pattern of the message
@@ -754,11 +865,15 @@ TASKS = {  # solved parts: pattern of the message
 }
 
 
-@pytest.mark.parametrize("solved, message", TASKS.items(), ids=lambda value: str(len(value or ())))
+@pytest.mark.parametrize(
+    "solved, message", TASKS.items(), ids=lambda value: str(len(value or ()))
+)
 def test_the_skeleton_fails_with_its_next_task_until_it_is_filled_in(solved, message, capsys):
     found = score(load(fill(*solved)))
     if message:
-        assert found.points == 0 and re.search(message, found.status("layers")[1]), found.lines()
+        assert found.points == 0 and re.search(message, found.status("layers")[1]), (
+            found.lines()
+        )
     else:
         assert found.points == 100, found.lines()
         exec(fill(*solved), {"__name__": "__main__"})
@@ -773,9 +888,11 @@ def test_the_skeleton_has_the_projects_signatures():
     for name in ("make_divisible", "convolution", "InvertedResidual"):
         assert inspect.signature(skeleton[name]) == inspect.signature(project[name])
     parameters = [
-        list(inspect.signature(names["MobileNetV2"]).parameters.values()) for names in namespaces
+        list(inspect.signature(names["MobileNetV2"]).parameters.values())
+        for names in namespaces
     ]
-    assert parameters[0] == parameters[1][:3]  # without output_stride, which is not the paper's
+    # The skeleton has no output_stride, which is not the paper's.
+    assert parameters[0] == parameters[1][:3]
 
 
 @pytest.mark.parametrize("name", ("handout.md", "handout.zh-CN.md"))
@@ -799,6 +916,9 @@ def test_handouts_and_grader_name_the_same_criteria(name):
 
 def test_each_criterion_has_a_test():
     assert {
-        mark.args[0] for test, _ in runs() for mark in test.pytestmark if mark.name == "criterion"
+        mark.args[0]
+        for test, _ in runs()
+        for mark in test.pytestmark
+        if mark.name == "criterion"
     } == set(CRITERIA)
     assert sum(CRITERIA.values()) == 100

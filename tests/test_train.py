@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import os
 import random
@@ -14,13 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SMALL_NETWORK
+from conftest import ROOT, SMALL, SMALL_DATA, SMALL_NETWORK
 from matplotlib.image import imread
 from processes import Python, torchrun
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR
 
+import cli
 import data
 import finetune
 import mobilenetv2
@@ -39,7 +41,9 @@ def same(first, second):
     if type(first) is not type(second):
         return False
     if isinstance(first, dict):
-        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+        return list(first) == list(second) and all(
+            same(first[key], second[key]) for key in first
+        )
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     return first.equal(second) if isinstance(first, torch.Tensor) else first == second
@@ -66,6 +70,14 @@ def test_cosine_is_a_warm_up_and_half_a_cosine():
     assert train.cosine(0, 1) > 0  # the shortest run learns, too
 
 
+def test_the_recipe_sets_the_share_of_the_warm_up():
+    assert [train.cosine(step, 4, warmup=0.5) for step in range(3)] == pytest.approx(
+        [1 / 3, 2 / 3, 1]
+    )
+    expected = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
+    assert [train.cosine(step, 4, warmup=0) for step in range(5)] == pytest.approx(expected)
+
+
 def test_exponential_falls_once_per_epoch():
     factors = [train.exponential(step, 5) for step in range(20)]
     assert factors == [0.98**epoch for epoch in range(4) for _ in range(5)]
@@ -76,7 +88,14 @@ def test_exponential_falls_once_per_epoch():
     "arguments, kind, expected, schedule, batch_size, epochs",
     [
         ((), torch.optim.SGD, {"initial_lr": 0.1, "nesterov": True}, train.cosine, 64, 3),
-        (("--recipe", "cosine"), torch.optim.SGD, {"initial_lr": 0.05}, train.cosine, 256, 150),
+        (
+            ("--recipe", "cosine"),
+            torch.optim.SGD,
+            {"initial_lr": 0.05},
+            train.cosine,
+            256,
+            150,
+        ),
         (
             ("--recipe", "paper"),
             torch.optim.RMSprop,
@@ -106,13 +125,7 @@ def test_exponential_falls_once_per_epoch():
 def test_recipes_follow_their_sources_and_options_override_them(
     arguments, kind, expected, schedule, batch_size, epochs, tmp_path, call, monkeypatch
 ):
-    seen = []
-
-    def stop(*arguments):
-        seen.extend(arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train_epoch", stop)
+    seen = stop_before_training(monkeypatch)
     call(train, "--data", "digits", *arguments, "--out", tmp_path)
     network, batches, optimizer, scheduler, loss = seen
     weights, others = optimizer.param_groups
@@ -122,11 +135,79 @@ def test_recipes_follow_their_sources_and_options_override_them(
     factor = scheduler.lr_lambdas[0]
     assert factor.func is schedule
     steps = 714 // batch_size  # per epoch
-    cosine = schedule is train.cosine
-    assert factor.keywords == ({"steps": epochs * steps} if cosine else {"steps_per_epoch": steps})
-    assert batches.sampler.batch_size == batch_size
+    if schedule is train.cosine:
+        assert factor.keywords == {"steps": epochs * steps, "warmup": 0.1}
+    else:
+        assert factor.keywords == {"steps_per_epoch": steps}
+    assert [len(labels) for _, labels in batches] == [batch_size] * steps
     assert isinstance(network, train.MixedPrecision) == ("bfloat16" in arguments)
-    assert (loss is train.focal_loss) == ("focal" in arguments)
+    if "focal" in arguments:
+        assert loss is train.focal_loss
+    else:
+        assert loss.func is cross_entropy and loss.keywords == {"label_smoothing": 0.1}
+
+
+def stop_before_training(monkeypatch):
+    """Interrupt the run at its first epoch. Returns a list, which gets train_epoch's arguments."""
+    seen = []
+
+    def stop(*arguments):
+        seen.extend(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_epoch", stop)
+    return seen
+
+
+def test_a_recipe_sets_every_training_option(tmp_path, call, monkeypatch):
+    recipe = {
+        "optimizer": "rmsprop",
+        "schedule": "cosine",
+        "learning_rate": 0.25,
+        "batch_size": 119,
+        "epochs": 5,
+        "warmup": 0.2,
+        "weight_decay": 0.5,
+        "label_smoothing": 0.3,
+    }
+    assert all(recipe.keys() == known.keys() for known in train.RECIPES.values())
+    monkeypatch.setitem(train.RECIPES, "mine", recipe)
+    seen = stop_before_training(monkeypatch)
+    call(train, *SMALL_DATA, "--recipe", "mine", "--out", tmp_path)
+    _, batches, optimizer, scheduler, loss = seen
+    assert type(optimizer) is torch.optim.RMSprop
+    group = optimizer.param_groups[0]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.25, 0.5)
+    factor = scheduler.lr_lambdas[0]
+    assert factor.func is train.cosine
+    assert factor.keywords == {"steps": 5 * 6, "warmup": 0.2}  # 714 / 119 steps per epoch
+    assert [len(labels) for _, labels in batches] == [119] * 6
+    assert loss.keywords == {"label_smoothing": 0.3}
+
+
+def test_an_unknown_optimizer_schedule_or_loss_is_an_error():
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    with pytest.raises(cli.UserError, match="unknown optimizer 'adagrad': use sgd or rmsprop"):
+        train.make_optimizer("adagrad", [])
+    with pytest.raises(
+        cli.UserError, match="unknown schedule 'step': use cosine or exponential"
+    ):
+        train.make_scheduler("step", optimizer, steps_per_epoch=1, epochs=1)
+    with pytest.raises(
+        cli.UserError, match="unknown loss 'hinge': use cross-entropy, focal, dice"
+    ):
+        train.make_loss("hinge")
+
+
+@pytest.mark.parametrize("option", ("optimizer", "schedule"))
+def test_a_recipe_with_an_unknown_name_ends_in_one_line(
+    option, bars, tmp_path, call, monkeypatch
+):
+    recipe = {**train.RECIPES["small"], option: "surprise"}
+    monkeypatch.setitem(train.RECIPES, "mine", recipe)
+    code, _, err = call(train, "--recipe", "mine", "--out", tmp_path / "out")
+    assert code == 2 and err.startswith(f"train.py: unknown {option} 'surprise': use ")
+    assert len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_weight_decay_is_for_convolutions_and_linear_layers_only():
@@ -140,21 +221,28 @@ def test_weight_decay_is_for_convolutions_and_linear_layers_only():
 
 
 def test_focal_loss_equals_its_formula_and_with_gamma_0_cross_entropy():
-    logits, labels = torch.randn(6, 4, dtype=torch.double), torch.tensor([0, 1, 2, 3, 0, 0])
+    logits = torch.randn(6, 4, dtype=torch.double)
+    labels = torch.tensor([0, 1, 2, 3, 0, 0])
     p = [logits[n].exp()[labels[n]] / logits[n].exp().sum() for n in range(6)]
     expected = sum(-((1 - q) ** 2) * q.log() for q in p) / 6
     assert train.focal_loss(logits, labels) == pytest.approx(expected)
-    torch.testing.assert_close(train.focal_loss(logits, labels, 0), cross_entropy(logits, labels))
+    torch.testing.assert_close(
+        train.focal_loss(logits, labels, 0), cross_entropy(logits, labels)
+    )
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: train.focal_loss(x, labels), logits)
 
 
 def test_dice_loss_equals_its_formula():
-    logits, labels = torch.randn(6, 4, dtype=torch.double), torch.tensor([0, 1, 2, 2, 0, 0])
-    p, dice = logits.softmax(1), 0
+    logits = torch.randn(6, 4, dtype=torch.double)
+    labels = torch.tensor([0, 1, 2, 2, 0, 0])
+    p = logits.softmax(1)
+    dice = 0
     for c in range(4):  # class 3 is absent
         products = sum(p[n, c] for n in range(6) if labels[n] == c)
-        squares = sum(p[n, c] ** 2 for n in range(6)) + sum(1 for n in range(6) if labels[n] == c)
+        squares = sum(p[n, c] ** 2 for n in range(6)) + sum(
+            1 for n in range(6) if labels[n] == c
+        )
         dice += (2 * products + 1) / (squares + 1) / 4
     assert train.dice_loss(logits, labels) == pytest.approx(1 - dice)
     perfect = 100 * one_hot(labels, 4).double()
@@ -167,12 +255,13 @@ def test_dice_loss_equals_its_formula():
 
 
 def test_an_epoch_equals_plain_sgd_with_the_learning_rates_of_the_schedule():
-    model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+    model = nn.Linear(4, 3)
+    twin = nn.Linear(4, 3)
     twin.load_state_dict(model.state_dict())
     batches = [(torch.randn(size, 4), torch.randint(3, (size,))) for size in (8, 8, 4)]
     optimizer = torch.optim.SGD(train.parameter_groups(model.parameters(), 0.5, 0.01))
     scheduler = LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    loss = train.make_loss(SimpleNamespace(loss="cross-entropy", label_smoothing=0.1))
+    loss = train.make_loss("cross-entropy", label_smoothing=0.1)
     row = train.train_epoch(model, batches, optimizer, scheduler, loss)
 
     loss_sum = correct = 0
@@ -195,20 +284,26 @@ def test_an_epoch_equals_plain_sgd_with_the_learning_rates_of_the_schedule():
 
 @pytest.mark.parametrize(
     "loss, amp",
-    (("cross-entropy", "off"), ("focal", "off"), ("dice", "off"), ("cross-entropy", "bfloat16")),
+    (
+        ("cross-entropy", "off"),
+        ("focal", "off"),
+        ("dice", "off"),
+        ("cross-entropy", "bfloat16"),
+    ),
 )
 def test_every_loss_learns_and_mixed_precision_computes_in_bfloat16(loss, amp):
-    args = SimpleNamespace(loss=loss, label_smoothing=0, amp=amp)
-    network, types, inputs = nn.Linear(8, 2), set(), torch.randn(64, 8)
+    network = nn.Linear(8, 2)
+    types = set()
+    inputs = torch.randn(64, 8)
     labels = (inputs.sum(dim=1) > 0).long()
     batches = list(zip(inputs.split(8), labels.split(8)))
     before = train.validate(network, batches)
     hook = network.register_forward_hook(lambda layer, inputs, output: types.add(output.dtype))
     optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 1, 0))
     scheduler = LambdaLR(optimizer, partial(train.cosine, steps=10 * 8))
-    wrapped = train.wrap(network, args)
+    wrapped = train.wrap(network, amp)
     for _ in range(10):
-        train.train_epoch(wrapped, batches, optimizer, scheduler, train.make_loss(args))
+        train.train_epoch(wrapped, batches, optimizer, scheduler, train.make_loss(loss))
     hook.remove()
     after = train.validate(network, batches)
     assert types == {torch.float32 if amp == "off" else torch.bfloat16}
@@ -216,23 +311,95 @@ def test_every_loss_learns_and_mixed_precision_computes_in_bfloat16(loss, amp):
     assert before["val_loss"] > 1.2 * after["val_loss"] and after["val_top1"] > 0.95
 
 
+def test_fit_trains_until_a_stage_has_all_its_epochs_and_saves_each():
+    network = nn.Linear(4, 6)
+    batches = [(torch.randn(8, 4), torch.randint(6, (8,)))] * 3
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scheduler = LambdaLR(optimizer, partial(train.cosine, steps=6))
+    history = [{"epoch": 1, "stage": "other"}, {"epoch": 2, "stage": "mine"}]
+    saved = []
+    modes = []
+
+    def save(*arguments):
+        assert arguments == (history, optimizer, scheduler)
+        saved.append(len(history))
+
+    def training_mode(model):
+        modes.append(model)
+        model.train()
+
+    fit = partial(train.fit, network, batches, batches, optimizer, scheduler, cross_entropy)
+    options = {
+        "history": history,
+        "save": save,
+        "stage": "mine",
+        "training_mode": training_mode,
+    }
+    fit(epochs=3, **options)
+    fit(epochs=3, **options)  # nothing is left
+    assert saved == [3, 4] and modes == [network] * 2
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert [row["stage"] for row in history] == ["other", "mine", "mine", "mine"]
+    names = ["epoch", "stage", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5"]
+    assert list(history[-1]) == [*names, "learning_rate"]
+    assert history[-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
+    assert history[-1]["train_loss"] < history[-2]["train_loss"]
+
+
+def test_each_epoch_and_process_has_a_seed_of_its_own(monkeypatch):
+    seeds = set()
+    combinations = list(
+        itertools.product((0, 1, 2, 10**6), (1, 2, 10, 99_999), (0, 1, 10, 999))
+    )
+    for seed, epoch, rank in combinations:
+        monkeypatch.setattr(data, "process_rank", lambda rank=rank: (rank, 1000))
+        train.set_epoch_seed(seed, epoch)
+        seeds.add(torch.initial_seed())
+    assert len(seeds) == len(combinations)
+    first = torch.rand(3)
+    train.set_epoch_seed(seed, epoch)
+    assert first.equal(torch.rand(3))
+
+
+def test_a_long_pass_shows_its_progress(monkeypatch, capsys):
+    now = iter([0, 10, 20, 30, 40])  # seconds
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+    batches = [(torch.zeros(8, 3), torch.zeros(8))] * 4
+    assert list(train.show_progress(batches, "features (train)")) == batches
+    lines = [
+        "features (train)  2 of 4 batches, 1 images/s",
+        "features (train)  4 of 4 batches, 1 images/s",
+    ]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 @pytest.fixture
 def bars(monkeypatch):
     """Replace the dataset by vertical and horizontal bars, distorted like letters."""
-    images, labels = torch.zeros(64, 1, 16, 16, dtype=torch.uint8), torch.arange(64) % 2
-    for image, label, position in zip(images[:, 0], labels, torch.randint(3, 11, (64,)).tolist()):
-        (image if label else image.T)[position : position + 3, 2:14] = 255
+    images = torch.zeros(64, 1, 16, 16, dtype=torch.uint8)
+    labels = torch.arange(64) % 2
+    for image, label, position in zip(
+        images[:, 0], labels, torch.randint(3, 11, (64,)).tolist()
+    ):
+        if label == 0:
+            image = image.T
+        image[position : position + 3, 2:14] = 255
     splits = dict.fromkeys(("train", "val"), (images, labels))
-    preprocessing = data.SMALL | {"image_size": 16}
-    bars = data.Data(["vertical", "horizontal"], preprocessing, splits, data.distort)
-    monkeypatch.setattr(data, "load_for", lambda args: replace(bars, batch_size=args.batch_size))
+    preprocessing = data.SMALL_IMAGE | {"image_size": 16}
+    classes = ["vertical", "horizontal"]
+    bars = data.Data(classes, preprocessing, splits, augment=data.distort)
+    monkeypatch.setattr(
+        data, "load_for", lambda args: replace(bars, batch_size=args.batch_size)
+    )
     return bars
 
 
 def test_training_learns(bars, tmp_path, call):
     bars.repeats = 4
     options = ("--batch-size", 16, "--learning-rate", 0.02, "--epochs", 4)
-    assert call(train, *options, "--width", 0.35, "--output-stride", 8, "--out", tmp_path)[0] == 0
+    assert (
+        call(train, *options, "--width", 0.35, "--output-stride", 8, "--out", tmp_path)[0] == 0
+    )
     history = load_checkpoint(tmp_path / "last.pt")[1]["history"]
     assert history[-1]["val_top1"] > 0.9
     assert history[-1]["train_loss"] < history[0]["train_loss"]
@@ -246,7 +413,15 @@ def test_a_run_leaves_its_files(trained):
     assert sorted(os.listdir(trained)) == files
     with open(trained / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = ["epoch", "stage", "train_loss", "train_top1", "val_loss", "val_top1"]
+    columns = [
+        "epoch",
+        "stage",
+        "train_loss",
+        "train_top1",
+        "val_loss",
+        "val_top1",
+        "val_top5",
+    ]
     assert [list(row) for row in rows] == [[*columns, "learning_rate"]] * 2
     assert [row["epoch"] for row in rows] == ["1", "2"]
     expected = [0.1 * train.cosine(step, 10) for step in (5, 10)]  # 714 // 128 steps per epoch
@@ -255,7 +430,7 @@ def test_a_run_leaves_its_files(trained):
     losses = [row["val_loss"] for row in checkpoint["history"]]
     assert [float(row["val_loss"]) for row in rows] == losses
     assert checkpoint["classes"] == list("0123456789")
-    assert checkpoint["preprocessing"] == data.SMALL | {"image_size": 16}
+    assert checkpoint["preprocessing"] == data.SMALL_IMAGE | {"image_size": 16}
     arch = {"num_classes": 10, "width_mult": 0.35, "dropout": 0.2, "output_stride": 32}
     assert model.arch == arch
     assert imread(trained / "curves.png").std() > 0
@@ -264,9 +439,15 @@ def test_a_run_leaves_its_files(trained):
 def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accuracy(
     tmp_path, capsys
 ):
-    args, history, model = SimpleNamespace(out=tmp_path), [], MobileNetV2(2, 0.35)
-    splits = {"val": (None, torch.zeros(100))}  # standard error at 0.7: √(0.7 · 0.3 / 100) = 0.046
-    dataset = SimpleNamespace(classes=["a", "b"], preprocessing=data.SMALL, splits=splits)
+    args = SimpleNamespace(out=tmp_path)
+    history = []
+    model = MobileNetV2(2, 0.35)
+    splits = {
+        "val": (None, torch.zeros(100))
+    }  # standard error at 0.7: √(0.7 · 0.3 / 100) = 0.046
+    dataset = SimpleNamespace(
+        classes=["a", "b"], preprocessing=data.SMALL_IMAGE, splits=splits
+    )
     optimizer = torch.optim.SGD(model.parameters())
     scheduler = LambdaLR(optimizer, partial(train.cosine, steps=4))
     row = {"stage": "scratch", "train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0}
@@ -289,13 +470,17 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     for name in ("best.pt", "last.pt", "log.csv"):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
     lines = [line for line in out.splitlines() if not line.startswith("warning: ")]
-    assert (code, err, len(lines)) == (0, "", 5) and lines[0].startswith("digits: 10 classes, 2 × ")
-    assert all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[3]
-    best = tmp_path / "best.pt"
-    assert (
-        lines[4]
-        == f'next: python evaluate.py --checkpoint "{best}" --data "digits" --out "{best.parent}-evaluation"'
+    assert (code, err, len(lines)) == (0, "", 5) and lines[0].startswith(
+        "digits: 10 classes, 2 × "
     )
+    assert (
+        all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[3]
+    )
+    best = tmp_path / "best.pt"
+    command = (
+        f"python evaluate.py --checkpoint {best} --data digits --out {tmp_path}-evaluation"
+    )
+    assert lines[4] == f"next: {command}"
 
 
 # ----------------------------------------------------------------------------- interrupt and resume
@@ -323,10 +508,22 @@ def test_an_interrupted_run_says_so_and_resumes_with_its_own_settings(
 def test_a_run_interrupted_while_it_writes_resumes_to_the_same_values(
     bars, tmp_path, call, monkeypatch, few_blocks
 ):
-    bars.splits = {name: (images[:8], labels[:8]) for name, (images, labels) in bars.splits.items()}
-    command = (*SMALL_NETWORK, "--batch-size", 4, "--learning-rate", 0.001, "--epochs", 2, "--out")
+    bars.splits = {
+        name: (images[:8], labels[:8]) for name, (images, labels) in bars.splits.items()
+    }
+    command = (
+        *SMALL_NETWORK,
+        "--batch-size",
+        4,
+        "--learning-rate",
+        0.001,
+        "--epochs",
+        2,
+        "--out",
+    )
     errors = KeyboardInterrupt, partial(OSError, 28, "No space left on device")
-    score, written = train.score, []
+    score = train.score
+    written = []
     # With equal accuracies, every epoch writes best.pt.
     monkeypatch.setattr(train, "score", lambda *pair: score(*pair) | {"top1": 0.5})
 
@@ -355,14 +552,89 @@ def test_a_run_interrupted_while_it_writes_resumes_to_the_same_values(
         assert_same_runs(folder, tmp_path / "whole")
 
 
-RUN_SCRIPT = "import conftest, sys, train; sys.exit(conftest.call_script(train, *sys.argv[1:]))"
+def run_in_two_parts(arguments, folder, call, monkeypatch, change=lambda: None):
+    """Interrupt a run after its first epoch, call `change`, and resume it."""
+
+    def interrupt(*arguments, save_epoch=train.save_epoch):
+        save_epoch(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(train, "save_epoch", interrupt)
+        assert call(train, *arguments, "--out", folder)[0] == 2
+    assert len(load_checkpoint(folder / "last.pt")[1]["history"]) == 1
+    change()
+    assert call(train, "--resume", "--out", folder)[0] == 0
+
+
+def test_a_recipe_may_have_an_integer_as_learning_rate(
+    bars, tmp_path, call, monkeypatch, few_blocks
+):
+    recipe = {**train.RECIPES["small"], "learning_rate": 1, "epochs": 2}
+    monkeypatch.setitem(train.RECIPES, "mine", recipe)
+    command = ("--recipe", "mine", *SMALL_NETWORK, "--batch-size", 16)
+    assert call(train, *command, "--out", tmp_path / "whole")[0] == 0
+    run_in_two_parts(command, tmp_path / "parts", call, monkeypatch)
+    assert_same_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_metric_that_is_added_to_a_run_gets_its_own_column(
+    bars, tmp_path, call, monkeypatch, few_blocks
+):
+    score = train.score
+
+    def add_metric():
+        monkeypatch.setattr(train, "score", lambda *pair: {"error": 0.25, **score(*pair)})
+
+    command = ("--epochs", 2, "--batch-size", 16, *SMALL_NETWORK)
+    run_in_two_parts(command, tmp_path, call, monkeypatch, add_metric)
+    history = load_checkpoint(tmp_path / "last.pt")[1]["history"]
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [set(row) for row in rows] == [set(history[1])] * 2
+    assert [row["val_error"] for row in rows] == ["", "0.25"]
+    for row, expected in zip(rows, history, strict=True):
+        assert {name: row[name] for name in expected} == {
+            name: str(value) for name, value in expected.items()
+        }
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("optimizer", lambda last: last["optimizer"]["param_groups"].pop()),
+        ("optimizer", lambda last: last["optimizer"]["param_groups"][0]["params"].pop()),
+        ("optimizer", lambda last: last["optimizer"].pop("state")),
+        ("scheduler", lambda last: last["scheduler"].pop("lr_lambdas")),
+        ("model", lambda last: last["settings"].update(width=0.5)),
+    ],
+)
+def test_a_state_in_last_pt_that_does_not_fit_ends_in_one_line(
+    name, change, trained, tmp_path, call
+):
+    path = tmp_path / "last.pt"
+    last = torch.load(trained / "last.pt", weights_only=True)
+    change(last)
+    torch.save(last, path)
+    before = path.read_bytes()
+    code, _, err = call(train, "--resume", "--out", tmp_path)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith(f"train.py: '{path}': its {name} does not fit (")
+    assert err.endswith("); use --overwrite\n")
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+
+
+RUN_SCRIPT = (
+    "import conftest, sys, train; sys.exit(conftest.call_script(train, *sys.argv[1:]))"
+)
 
 
 def test_a_killed_run_resumes_to_the_same_values(trained, tmp_path, call):
     """The moment differs from test to test; the end is always the same."""
     endings = signal.SIGKILL, signal.SIGTERM
     folders = [tmp_path / ending.name for ending in endings]
-    command, path = (RUN_SCRIPT, *SMALL, *SMALL_NETWORK, "--out"), (ROOT, ROOT / "tests")
+    command = (RUN_SCRIPT, *SMALL, *SMALL_NETWORK, "--out")
+    path = (ROOT, ROOT / "tests")
     runs = [
         Python(*command, folder, path=path, output=tmp_path / f"{folder.name}-output")
         for folder in folders
@@ -383,8 +655,11 @@ def test_a_killed_run_resumes_to_the_same_values(trained, tmp_path, call):
         assert_same_runs(folder, trained)
 
 
-def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, tmp_path, call):
-    folder, other = tmp_path / "run", tmp_path / "other"
+def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(
+    trained, tmp_path, call
+):
+    folder = tmp_path / "run"
+    other = tmp_path / "other"
     shutil.copytree(trained, folder)
     other.mkdir()
     shutil.copy(folder / "best.pt", other / "last.pt")
@@ -413,19 +688,22 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(trained, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--epochs", "-1"), "--epochs -1: use a value from 0 to"),
+        (("--epochs", "-1"), "argument --epochs: -1: use a value from 0 to 100000; see"),
         (("--epochs", "many"), "invalid int value: 'many'"),
-        (("--batch-size", "1"), "--batch-size 1: use a value from 2 to"),
-        (("--learning-rate", "nan"), "--learning-rate nan: use a value from 0"),
-        (("--width", "1000"), "--width 1000.0: use a value from 0.05 to 4"),
-        (("--image-size", "1000000"), "--image-size 1000000: use a value from 8 to 1024"),
+        (("--batch-size", "1"), "argument --batch-size: 1: use a value from 2 to 65536; see"),
+        (("--learning-rate", "nan"), "argument --learning-rate: nan: use a value from 0 to"),
+        (("--width", "1000"), "argument --width: 1000: use a value from 0.05 to 4"),
+        (
+            ("--image-size", "1000000"),
+            "argument --image-size: 1000000: use a value from 8 to 1024",
+        ),
         (("--output-stride", "5"), "invalid choice"),
         (("--surprise", "5"), "unrecognized arguments"),
         (("--data", "letters"), "'letters': no such folder or dataset"),
         (("--device", "cuda:99"), "--device cuda:99: not available on this machine"),
         (("--device", "toaster"), "--device toaster: not available on this machine"),
         (("--device", "meta"), "--device meta: not available on this machine"),
-        (("--data", "digits", "--per-class", "5000"), "--per-class 5000"),
+        (("--data", "digits", "--per-class", "5000"), "--per-class 5000: a class has"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, message, tmp_path, call):
@@ -439,22 +717,52 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, message, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(
     broken, tmp_path, call, monkeypatch
 ):
-    real, calls = getattr(train, broken), []
+    real = getattr(train, broken)
+    calls = []
 
     def diverge_later(*arguments):
         """Break one of the 5 steps of the second epoch, or its validation."""
         if broken == "score":
-            late = (tmp_path / "last.pt").exists()
-            return real(*arguments) | ({"loss": math.nan} if late else {})
+            scores = real(*arguments)
+            if (tmp_path / "last.pt").exists():
+                scores["loss"] = math.nan
+            return scores
         loss = real(*arguments)
-        return lambda *pair: loss(*pair) * (math.inf if calls.append(0) or len(calls) == 8 else 1)
+
+        def loss_function(*pair):
+            calls.append(pair)
+            return loss(*pair) * (math.inf if len(calls) == 8 else 1)
+
+        return loss_function
 
     monkeypatch.setattr(train, broken, diverge_later)
     code, _, err = call(train, *SMALL, *SMALL_NETWORK, "--out", tmp_path)
     assert code == 2
-    assert err == "train.py: the loss is not finite: lower --learning-rate and use --overwrite\n"
+    assert (
+        err == "train.py: the loss is not finite: lower --learning-rate and use --overwrite\n"
+    )
     for name in ("last.pt", "best.pt"):
         assert len(load_checkpoint(tmp_path / name)[1]["history"]) == 1
+
+
+@pytest.mark.parametrize("broken", ("training", "validation"))
+def test_a_diverged_loss_is_no_data_error(broken):
+    network = nn.Linear(4, 6)
+    images = {"training": torch.zeros(8, 4), "validation": torch.zeros(8, 4)}
+    images[broken].fill_(math.nan)
+    labels = torch.zeros(8, dtype=torch.long)
+    train_batches = [(images["training"], labels)]
+    val_batches = [(images["validation"], labels)]
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scheduler = LambdaLR(optimizer, lambda step: 1)
+    fit = partial(train.fit, network, train_batches, val_batches, optimizer, scheduler)
+    saved = []
+    history = []
+    with pytest.raises(train.DivergedError, match="the loss is not finite") as caught:
+        fit(cross_entropy, history=history, epochs=2, save=lambda *_: saved.append(1))
+    assert isinstance(caught.value, cli.UserError)
+    assert not isinstance(caught.value, data.DataError)
+    assert history == saved == []
 
 
 def test_an_output_folder_that_is_a_file_is_named(bars, tmp_path, call):
@@ -465,7 +773,9 @@ def test_an_output_folder_that_is_a_file_is_named(bars, tmp_path, call):
 
 def test_too_little_memory_is_one_line(bars, tmp_path, call, monkeypatch):
     def refuse(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"
+        )
 
     monkeypatch.setattr(train, "train_epoch", refuse)
     code, _, err = call(train, "--out", tmp_path)
@@ -479,14 +789,17 @@ def test_too_little_memory_is_one_line(bars, tmp_path, call, monkeypatch):
 @pytest.mark.parametrize("count", (2, 3))
 def test_processes_share_each_split_and_take_the_same_number_of_steps(count, monkeypatch):
     split = torch.zeros(23, 1, 8, 8, dtype=torch.uint8), torch.arange(23)
-    preprocessing, splits = data.SMALL | {"image_size": 8}, {"train": split, "val": split}
-    dataset = data.Data([], preprocessing, splits, data.resize, batch_size=4 * count)
-    seen, steps = {"train": [], "val": []}, []
-    monkeypatch.setattr(data, "PROCESSES", count)
+    splits = {"train": split, "val": split}
+    preprocessing = data.SMALL_IMAGE | {"image_size": 8}
+    dataset = data.Data([], preprocessing, splits, augment=data.resize, batch_size=4 * count)
+    seen = {"train": [], "val": []}
+    steps = []
     for rank in range(count):
-        monkeypatch.setattr(data, "RANK", rank)
+        monkeypatch.setattr(data, "process_rank", lambda rank=rank: (rank, count))
         for name, labels in seen.items():
-            labels.extend(label for _, batch in dataset.batches(name) for label in batch.tolist())
+            labels.extend(
+                label for _, batch in dataset.batches(name) for label in batch.tolist()
+            )
         steps.append([len(labels) for _, labels in dataset.batches("train", augmented=True)])
     assert sorted(seen["val"]) == list(range(23))
     assert sorted(seen["train"]) == list(range(23 - 23 % count))
@@ -498,11 +811,13 @@ def train_linear():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     split = torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8), torch.arange(12) % 2
-    preprocessing, splits = data.SMALL | {"image_size": 8}, {"train": split}
-    dataset = data.Data([], preprocessing, splits, data.resize, repeats=2, batch_size=12)
+    preprocessing = data.SMALL_IMAGE | {"image_size": 8}
+    dataset = data.Data(
+        [], preprocessing, {"train": split}, augment=data.resize, repeats=2, batch_size=12
+    )
     optimizer = torch.optim.SGD(train.parameter_groups(network.parameters(), 0.01, 0))
     scheduler = LambdaLR(optimizer, partial(train.cosine, steps=2))
-    wrapped = train.wrap(network, SimpleNamespace(amp="off"))
+    wrapped = train.wrap(network, amp="off")
     train.train_epoch(
         wrapped, dataset.batches("train", augmented=True), optimizer, scheduler, cross_entropy
     )
@@ -519,9 +834,11 @@ epochs, save_epoch = [], train.save_epoch
 def save_and_record(args, model, dataset, history, *rest):
     save_epoch(args, model, dataset, history, *rest)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    epochs.append([state, history[-1]["val_loss"], history[-1]["val_top1"]])
+    row = history[-1]
+    epochs.append([state, row["val_loss"], row["val_top1"], row["val_top5"]])
     record = epochs, torch.initial_seed(), train_linear()
-    torch.save(record, args.out.with_name(f"{data.RANK}.pt"))
+    rank, _ = data.process_rank()
+    torch.save(record, args.out.with_name(f"{rank}.pt"))
 
 train.save_epoch = save_and_record
 assert conftest.call_script(train, *sys.argv[1:]) == 0
@@ -529,7 +846,8 @@ assert conftest.call_script(train, *sys.argv[1:]) == 0
 
 
 def test_two_processes_train_one_network(tmp_path):
-    command, path = (*SMALL, *SMALL_NETWORK, "--out", tmp_path / "run"), (ROOT, ROOT / "tests")
+    command = (*SMALL, *SMALL_NETWORK, "--out", tmp_path / "run")
+    path = (ROOT, ROOT / "tests")
     torchrun(2, TWO_PROCESSES, *command, output=tmp_path / "output", path=path)
     output = "".join((tmp_path / "output" / rank / "stdout").read_text() for rank in "01")
     epochs, seeds, weights = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
@@ -554,9 +872,14 @@ def test_resume_refuses_runs_of_another_script_and_changed_classes(trained, tmp_
     last["classes"] = last["classes"][::-1]
     torch.save(last, tmp_path / "run" / "last.pt")
     code, _, error = call(train, "--resume", "--out", tmp_path / "run")
-    assert code == 2 and "the classes of the data have changed" in error and error.count("\n") == 1
+    assert (
+        code == 2
+        and "the classes of the data have changed" in error
+        and error.count("\n") == 1
+    )
 
 
 def test_a_run_of_no_epochs_is_refused(tmp_path, call):
     code, _, error = call(train, "--data", "digits", "--epochs", 0, "--out", tmp_path)
-    assert (code, error) == (2, "train.py: --epochs 0: use at least 1\n")
+    message = "train.py: argument --epochs: 0: use at least 1; see --help\n"
+    assert (code, error) == (2, message)
