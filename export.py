@@ -5,16 +5,17 @@
 
     torchscript   model.torchscript.pt   deprecated by PyTorch, but many courses use it
     pt2           model.pt2              torch.export, the successor of TorchScript
-    onnx          model.onnx             for ONNX Runtime and others; usually the fastest on a CPU
+    onnx          model.onnx             for ONNX Runtime and others; usually fastest on a CPU
     int8          model.int8.onnx        8-bit weights and activations, a third of the size
 
-The last two need the packages in requirements-onnx.txt. All files take float images (N, 3, S, S),
-normalised as report.json says, and return logits (N, num_classes); with --with-preprocessing they
-take uint8 images (N, channels, S, S) and return probabilities. Terms used here:
+The last two need the packages in requirements-onnx.txt. All files take float images (N, 3, S,
+S), normalised as report.json says, and return logits (N, num_classes); with
+--with-preprocessing they take uint8 images (N, channels, S, S) and return probabilities. Terms
+used here:
 
     fold          move BatchNorm into the weights of the convolution before it
     quantise      round numbers to 8-bit integers with a common scale
-    verify        load a file in another process, and compare it with the network on all test images
+    verify        load a file in another process, and compare it with the network
 """
 
 import copy
@@ -77,11 +78,11 @@ class WithPreprocessing(nn.Module):
         return self.network((images.float() - self.mean) / self.std).softmax(dim=1)
 
 
-# ------------------------------------------------------------------------------------------ formats
-# Each format has a function that writes a file. metadata: {"classes": ..., "preprocessing": ...} as
-# JSON, stored in the file. calibration: batches of training images, for int8.
+# ------------------------------------------------------------------------------------- formats
+# Each format has a function that writes a file. metadata: {"classes": ..., "preprocessing":
+# ...} as JSON, stored in the file. calibration: batches of training images, for int8.
 def export_torchscript(network, example, path, metadata, calibration):
-    traced = torch.jit.freeze(torch.jit.trace(network, example))
+    traced = torch.jit.trace(network, example)
     buffer = io.BytesIO()  # with a path, a full disk would abort the process
     torch.jit.save(traced, buffer, {f"{key}.json": text for key, text in metadata.items()})
     path.write_bytes(buffer.getvalue())
@@ -116,10 +117,10 @@ def export_onnx(network, example, path, metadata, calibration):
 def export_int8(network, example, path, metadata, calibration):
     """Quantise after training (Jacob et al., arXiv:1712.05877, §2 and §3).
 
-    A number r is stored as q = round(r / scale) + zero, in 0..255. The scale covers the range of
-    the weights per output channel, or of the activations on some training images (at most 0..6
-    after ReLU6: its purpose in the paper, §4). Weights are unsigned, because older CPUs add
-    products of unsigned and signed numbers in 16 bits, which can overflow.
+    A number r is stored as q = round(r / scale) + zero, in 0..255. The scale covers the range
+    of the weights per output channel, or of the activations on some training images (at most
+    0..6 after ReLU6: its purpose in the paper, §4). Weights are unsigned, because older CPUs
+    add products of unsigned and signed numbers in 16 bits, which can overflow.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -142,6 +143,12 @@ def export_int8(network, example, path, metadata, calibration):
     )
 
 
+def load_torchscript(path):
+    # Freezing makes the weights constants, which is fast, but binds them to a device. So the
+    # file is not frozen.
+    return torch.jit.freeze(torch.jit.load(path).eval())
+
+
 def load_pt2(path):
     return torch.export.load(path).module()
 
@@ -159,7 +166,7 @@ FORMATS = {  # int8 comes after onnx, because it uses its file
     "torchscript": {
         "file": "model.torchscript.pt",
         "export": export_torchscript,
-        "load": torch.jit.load,
+        "load": load_torchscript,
     },
     "pt2": {"file": "model.pt2", "export": export_pt2, "load": load_pt2},
     "onnx": {"file": "model.onnx", "export": export_onnx, "load": load_onnx},
@@ -184,7 +191,7 @@ def quiet_exporters():
     root.removeFilter(is_useful)
 
 
-# ----------------------------------------------------------------------------------- verification
+# -------------------------------------------------------------------------------- verification
 def inputs(dataset, batches, pixels):
     """Yield images as the file takes them: normalised float, or with `pixels` uint8."""
     for images, _ in batches:
@@ -219,7 +226,7 @@ def measure(network, dataset, split, pixels):
 
 
 def find_fault(name, result, lost, images):
-    """Return the fault of a measured file, or None. lost: images that only the network knows."""
+    """Return the fault of a file, or None. lost: images that only the network knows."""
     if not result["batch_difference"] <= TOLERANCE:  # NaN is a fault
         return "its outputs depend on the batch size"
     if name == "int8":
@@ -230,7 +237,7 @@ def find_fault(name, result, lost, images):
     return None
 
 
-# -------------------------------------------------------------------------------------- the script
+# ---------------------------------------------------------------------------------- the script
 ROW = "{:<21} {:>6} {:>11} {:>9} {:>11}"
 
 
