@@ -184,10 +184,12 @@ def distort(images, size, limits=DISTORTION):
     scale_y = random("scale").exp()
     zero = torch.zeros_like(angle)
     one = torch.ones_like(angle)
-    rotate = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
-    lean = torch.stack([one, slant, zero, one], dim=1)
-    stretch = torch.stack([scale_x, zero, zero, scale_y], dim=1)
-    linear = rotate.view(-1, 2, 2) @ lean.view(-1, 2, 2) @ stretch.view(-1, 2, 2)
+    cos = angle.cos()
+    sin = angle.sin()
+    rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    lean = torch.stack([one, slant, zero, one], dim=1).view(-1, 2, 2)
+    stretch = torch.stack([scale_x, zero, zero, scale_y], dim=1).view(-1, 2, 2)
+    linear = rotate @ lean @ stretch
     shift = torch.stack([random("shift"), random("shift")], dim=1)
     matrix = torch.cat([linear, shift[:, :, None]], dim=2)  # (N, 2, 3)
     grid = functional.affine_grid(matrix, (count, 1, size, size), align_corners=False)
@@ -199,9 +201,9 @@ def distort(images, size, limits=DISTORTION):
     stroke = random("stroke", 1, 1, 1)
     thick = functional.max_pool2d(images, 3, stride=1, padding=1)
     thin = -functional.max_pool2d(-images, 3, stride=1, padding=1)
-    images = (
-        images + stroke.clamp(min=0) * (thick - images) - stroke.clamp(max=0) * (thin - images)
-    )
+    thicker = stroke.clamp(min=0) * (thick - images)
+    thinner = stroke.clamp(max=0) * (thin - images)
+    images = images + thicker - thinner
     # Blur: mix with a quarter of the resolution, similar to the 8 × 8 digits.
     coarse = functional.adaptive_avg_pool2d(images, max(size // 4, 1))
     coarse = functional.interpolate(coarse, size=(size, size), mode="bilinear")
@@ -384,6 +386,11 @@ class Data:
         return Batches(
             images, labels, batch_size, transform, shuffle=augmented, repeats=repeats
         )
+
+    def choose(self, split, count):
+        """Return the indices of some images of a split, chosen at random."""
+        _, labels = self.splits[split]
+        return torch.randperm(len(labels))[:count]
 
     def keep_readable(self, split):
         """Decode all photos of a split, and leave out those that cannot be read."""
@@ -819,7 +826,10 @@ def choose_splits(root, folders, splits, training, trained_on):
         return splits
     print("no val folder: a fifth of each class in train is for validation, always the same")
     train, val = split_folder(folders["train"], paths, labels)
-    chosen = {"train": (paths[train], labels[train]), "val": (paths[val], labels[val])}
+    chosen = {
+        "train": (paths[train], labels[train]),
+        "val": (paths[val], labels[val]),
+    }
     if "test" in splits:
         chosen["test"] = splits["test"]
     return chosen
@@ -854,7 +864,8 @@ def split_folder(root, paths, labels, share=0.2, salt=""):
     for label in labels.unique():
         hashes = []
         for index in (labels == label).nonzero().flatten().tolist():
-            name = normalize("NFC", Path(paths[index]).relative_to(root).as_posix())
+            path = Path(paths[index]).relative_to(root)
+            name = normalize("NFC", path.as_posix())
             digest = hashlib.sha256(f"{salt}{name}".encode(errors="surrogateescape")).digest()
             hashes.append((digest, index))
         order = [index for _, index in sorted(hashes)]
@@ -1069,7 +1080,7 @@ def main():
     print(f"{args.data}: {len(dataset.classes)} classes\n{describe(dataset)}")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    some = torch.randperm(len(dataset.splits["train"][1]))[:32]
+    some = dataset.choose("train", 32)
     images, labels = next(iter(dataset.batches("train", indices=some)))
     images = to_pixels(images, dataset.preprocessing)
     names = [dataset.classes[label] for label in labels]

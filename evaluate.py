@@ -66,7 +66,8 @@ def score(logits, labels):
 def top_k_accuracy(logits, labels, k):
     """Return the share of images whose true class is among the k most probable ones."""
     best = logits.topk(k, dim=1).indices  # (N, k)
-    return (best == labels[:, None]).any(dim=1).double().mean().item()
+    hits = (best == labels[:, None]).any(dim=1)
+    return hits.double().mean().item()
 
 
 def confusion_matrix(labels, predictions, num_classes):
@@ -199,7 +200,8 @@ def overlay(maps, images, stride):
     maps = functional.interpolate(maps[:, None], covered, mode="bilinear", align_corners=True)
     missing = images.shape[-1] - covered
     maps = functional.pad(maps, (0, missing, 0, missing), mode="replicate")[:, 0]
-    heat = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3]).movedim(3, 1)
+    colours = colormaps["inferno"](maps.numpy())  # (N, S, S, 4): red, green, blue, opacity
+    heat = torch.from_numpy(colours[..., :3]).movedim(3, 1)
     return 0.4 * images.mean(dim=1, keepdim=True) + 0.6 * heat  # on grayscale images
 
 
@@ -375,17 +377,18 @@ def evaluate(args):
     plot_confusion(confusion, dataset.classes, args.out / "confusion.png")
     if checkpoint["history"]:
         plot_history(checkpoint["history"], args.out / "curves.png", "up to the chosen epoch")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
-    some = order[:32].sort().values
-    correct = predictions == labels
+    torch.manual_seed(args.seed)
+    some = dataset.choose(split, 32).sort().values
     confidences = logits.softmax(dim=1).amax(dim=1)
-    mistakes = (~correct).nonzero().flatten()
+    mistakes = (predictions != labels).nonzero().flatten()
     mistakes = mistakes[confidences[mistakes].argsort(descending=True)][:32]
     draw = partial(plot_predictions, dataset=dataset, split=split, logits=logits)
     title = "green: correct · red: true class → predicted class"
     draw(args.out / "samples.png", title, indices=some)
     draw(args.out / "mistakes.png", "most confident mistakes", indices=mistakes)
-    explained = torch.cat([mistakes[:8], some[correct[some]][:8]]) if args.explain else ()
+    explained = ()  # only removes an older picture
+    if args.explain:
+        explained = torch.cat([mistakes[:8], some])[:16]
     draw(args.out / "explanation.png", EXPLANATION, indices=explained, explain=model)
     print(f"\nwrote the results to {args.out}")
     out = f"{args.checkpoint.removesuffix('/best.pt')}-export"

@@ -37,10 +37,10 @@ from torch import nn
 
 import cli
 import data
-from evaluate import load_test
-from mobilenetv2 import CheckpointError, write_file
+from evaluate import class_names, load_test, predict
+from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
-TOLERANCE = 1e-4  # largest difference of a float format's output from the network's
+TOLERANCE = 1e-4  # largest difference of a float format's outputs, relative to their range
 LOST_ACCURACY = 0.005  # int8 may lose this share of the images, or a single one
 ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)  # the first input dimension has any size
 
@@ -159,7 +159,12 @@ def load_onnx(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options)
-    return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+    def network(images):
+        (outputs,) = session.run(None, {"input": images.numpy()})
+        return torch.from_numpy(outputs)
+
+    return network
 
 
 FORMATS = {  # int8 comes after onnx, because it uses its file
@@ -192,47 +197,57 @@ def quiet_exporters():
 
 
 # -------------------------------------------------------------------------------- verification
-def inputs(dataset, batches, pixels):
-    """Yield images as the file takes them: normalised float, or with `pixels` uint8."""
-    for images, _ in batches:
-        if pixels:
-            images = (255 * data.to_pixels(images, dataset.preprocessing)).round().byte()
-            images = images[:, : dataset.preprocessing["channels"]]
-        yield images.contiguous()
+def to_input(images, preprocessing, pixels):
+    """Return images as the file takes them: normalised float, or with `pixels` uint8."""
+    if pixels:
+        images = (255 * data.to_pixels(images, preprocessing)).round().byte()
+        images = images[:, : preprocessing["channels"]]
+    return images.contiguous()
 
 
 def load_and_measure(load, path, threads, *task):
     """Measure a file, in a process that has not built the network."""
     torch.set_num_threads(threads)
-    return measure(load(path), *task)
+    with quiet_exporters():
+        return measure(load(path), *task)
 
 
 @torch.inference_mode()
 def measure(network, dataset, split, pixels):
     """Run a network on a split. Returns (outputs (N, num_classes), measurements)."""
-    batches = list(inputs(dataset, dataset.batches(split), pixels))
-    outputs = torch.cat([network(images) for images in batches])
+    outputs = []
+    labels = []
+    first = None
+    for images, batch_labels in dataset.batches(split):
+        images = to_input(images, dataset.preprocessing, pixels)
+        if first is None:
+            first = images[:16]
+        outputs.append(network(images))
+        labels.append(batch_labels)
+    outputs = torch.cat(outputs)
+    correct = outputs.argmax(dim=1) == torch.cat(labels)
     # A batch size that export made a constant would show up with single images.
-    images = batches[0][:16]
-    single = torch.cat([network(image) for image in images.split(1)])
+    single = torch.cat([network(image) for image in first.split(1)])
     # The first runs allocate memory, and TorchScript optimises itself.
-    seconds = timeit.repeat(lambda: network(images[:1]), number=1, repeat=33)[3:]
-    _, labels = dataset.splits[split]
+    timer = timeit.Timer(lambda: network(first[:1]))
+    seconds = timer.repeat(repeat=33, number=1)[3:]
     return outputs, {
-        "accuracy": (outputs.argmax(dim=1) == labels).double().mean().item(),
+        "accuracy": correct.double().mean().item(),
         "latency_ms": 1000 * statistics.median(seconds),
         "batch_difference": (outputs[:16] - single).abs().max().item(),
+        "range": outputs.abs().max().item(),
     }
 
 
 def find_fault(name, result, lost, images):
     """Return the fault of a file, or None. lost: images that only the network knows."""
-    if not result["batch_difference"] <= TOLERANCE:  # NaN is a fault
+    limit = TOLERANCE * max(result["range"], 1)
+    if not result["batch_difference"] <= limit:  # NaN is a fault
         return "its outputs depend on the batch size"
     if name == "int8":
         if lost > max(LOST_ACCURACY * images, 1):
             return f"it loses {lost} of {images} images"
-    elif not result["largest_difference"] <= TOLERANCE:
+    elif not result["largest_difference"] <= limit:
         return f"its outputs differ by up to {result['largest_difference']:.1e}"
     return None
 
@@ -293,6 +308,29 @@ def print_row(file, result):
     print(ROW.format(file, megabytes, *cells), flush=True)
 
 
+def load_network(args):
+    """Load the network of --checkpoint, and images: (network, dataset, split)."""
+    if args.data != "none":
+        network, _, dataset, split = load_test(args)
+        return network, dataset, split
+    network, checkpoint = load_checkpoint(args.checkpoint)
+    preprocessing = {**data.PHOTO, **checkpoint["preprocessing"]}
+    size = args.image_size or preprocessing["image_size"]
+    preprocessing["image_size"] = size
+    images = torch.randint(256, (64, preprocessing["channels"], size, size), dtype=torch.uint8)
+    labels = torch.zeros(64, dtype=torch.long)
+    dataset = data.Data(class_names(checkpoint), preprocessing, {"random": (images, labels)})
+    logits, _ = predict(network, dataset.batches("random"))
+    dataset.splits["random"] = images, logits.argmax(dim=1)
+    print(
+        "--data none: files are compared on 64 random images, and their accuracy means nothing"
+    )
+    if "int8" in args.formats:
+        args.formats.remove("int8")
+        print("--data none: no int8, which has to see typical images")
+    return network, dataset, "random"
+
+
 def main():
     parser = cli.make_parser(__doc__, data="digits", out="runs/export", batch_size=64)
     cli.add_checkpoint(parser, "runs/finetune/best.pt")
@@ -305,7 +343,7 @@ def main():
         help="take uint8 images, and return probabilities",
     )
     args = cli.parse(parser)
-    network, _, dataset, split = load_test(args)
+    network, dataset, split = load_network(args)
     folded = fold_batch_norm(network)
     pixels = args.with_preprocessing
     if pixels:
@@ -314,18 +352,19 @@ def main():
     network.to(memory_format=torch.channels_last)
     folded.to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
-    some = torch.randperm(len(dataset.splits["train"][1]))[:256]
-    calibration = list(inputs(dataset, dataset.batches("train", indices=some), pixels))
-    example = calibration[0][
-        :2
-    ].clone()  # torch.export would make a batch size of 1 a constant
+    # Quantisation needs typical images: those of training, if they are there.
+    source = "train" if "train" in dataset.splits else split
+    some = dataset.choose(source, 256)
+    calibration = []
+    for images, _ in dataset.batches(source, indices=some):
+        calibration.append(to_input(images, dataset.preprocessing, pixels))
+    example = calibration[0][:2].clone()  # of a batch of 1, torch.export would make a constant
     about = {"classes": dataset.classes, "preprocessing": dataset.preprocessing}
     metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
 
     task = (dataset, split, pixels)
     reference = measure(network, *task)
-    images = len(dataset.splits[split][1])
-    verified_on = f"{images} images of {args.data} ({split})"
+    verified_on = f"{len(reference[0])} images of {args.data} ({split})"
     print(f"{verified_on}, threads: {torch.get_num_threads()}")
     print(ROW.format("file", "MB", "ms / image", "accuracy", "difference"))
     print_row("network", reference[1])

@@ -33,6 +33,7 @@ DEFAULTS = {
         "unfreeze": 8,  # blocks
         "train_batch_norm": False,
         "weight_decay": 0.01,
+        "loss": "cross-entropy",
         "label_smoothing": 0.1,
     },
     # Weights from letters are only a start: train all layers.
@@ -43,6 +44,7 @@ DEFAULTS = {
         "unfreeze": 17,
         "train_batch_norm": True,
         "weight_decay": 0.01,
+        "loss": "cross-entropy",
         "label_smoothing": 0.1,
     },
 }

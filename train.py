@@ -35,7 +35,7 @@ import data
 from evaluate import plot_history, predict, score, write_table
 from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint
 
-# A recipe may set any training option. The command line overrides it.
+# The settings of a run. The command line overrides them.
 RECIPES = {
     # For small images and few epochs; chosen on the validation letters.
     "small": {
@@ -46,32 +46,27 @@ RECIPES = {
         "epochs": 3,
         "warmup": 0.1,  # share of all steps
         "weight_decay": 4e-5,
+        "loss": "cross-entropy",
         "label_smoothing": 0.1,
     },
-    # The paper, §6.1. It used 16 GPUs, each with updates of its own from batches of 96, and
-    # does not say how many epochs, or whether labels were smoothed.
+    # The other recipes replace some of these settings.
+    #
+    # The paper, §6.1. It used 16 GPUs, each with updates of its own from batches of 96, and does
+    # not say how many epochs, or whether labels were smoothed.
     "paper": {
         "optimizer": "rmsprop",
         "schedule": "exponential",
         "learning_rate": 0.045,
         "batch_size": 96,
         "epochs": 300,
-        "warmup": 0.0,
-        "weight_decay": 4e-5,
-        "label_smoothing": 0.1,
     },
     # 72% on ImageNet in https://github.com/d-li14/mobilenetv2.pytorch, which differs from this
     # script: no warm-up, no Nesterov momentum, no label smoothing, and weight decay also for
     # BatchNorm.
     "cosine": {
-        "optimizer": "sgd",
-        "schedule": "cosine",
         "learning_rate": 0.05,
         "batch_size": 256,
         "epochs": 150,
-        "warmup": 0.1,
-        "weight_decay": 4e-5,
-        "label_smoothing": 0.1,
     },
 }
 # A resumed run may change these options. All others are as in last.pt.
@@ -186,7 +181,7 @@ def main():
     add_training_options(parser)
     args = cli.parse(parser)
     last = read_last(parser, args)
-    use_defaults(args, RECIPES[args.recipe])
+    use_defaults(args, {**RECIPES["small"], **RECIPES.get(args.recipe, {})})
     if args.epochs < 1:
         parser.error(f"argument --epochs: {args.epochs}: use at least 1")
     start(args)
@@ -432,8 +427,7 @@ def add_training_options(parser):
     add(
         "--loss",
         choices=LOSSES,
-        default="cross-entropy",
-        help="focal: for hard images; dice: for rare classes",
+        help="focal: for hard images; dice: for rare classes (default: by recipe or dataset)",
     )
     add(
         "--label-smoothing",
@@ -477,7 +471,7 @@ def read_last(parser, args):
         fix = "use --resume, --overwrite or another --out"
         raise cli.UserError(f"--out {args.out}: contains a run; {fix}")
     _, last = load_checkpoint(path)
-    settings = dict(last.get("settings", {}))
+    settings = last.get("settings", {})
     missing = vars(args).keys() - settings.keys() - set(OPTIONS_OF_A_CALL)
     if missing:
         problem = f"this script did not write it, or an earlier version (no {min(missing)})"
