@@ -364,18 +364,25 @@ class Data:
         batch_size = self.batch_size // processes
         repeats = self.repeats if augmented else 1
         if self.kind == "photos":
+            workers = {
+                "num_workers": self.workers,
+                "pin_memory": self.device.startswith("cuda"),
+            }
+            if self.workers > 0 and sys.platform == "linux":
+                # A new process per epoch: a copy of this one is ready in 0.1 s.
+                workers["multiprocessing_context"] = "fork"
             dataset = PhotoDataset(images, labels, self.preprocessing)
             if whole:
                 dataset.unreadable = self.unreadable.setdefault(split, dataset.unreadable)
             if not augmented:
-                return DataLoader(dataset, batch_size, num_workers=self.workers)
+                return DataLoader(dataset, batch_size, **workers)
             dataset.augment = self.augment
             return DataLoader(
                 dataset,
                 batch_size,
                 sampler=RandomSampler(dataset, num_samples=repeats * len(labels)),
                 drop_last=repeats * len(labels) > batch_size,
-                num_workers=self.workers,
+                **workers,
             )
 
         def transform(batch):
@@ -491,7 +498,11 @@ IDX_FILES = ("train-images?idx3", "train-labels?idx1", "t10k-images?idx3", "t10k
 
 def load_idx(kind, size, data_dir):
     """Load MNIST or Fashion-MNIST. kind: torchvision's class, which can download the files."""
-    found = [sorted(data_dir.glob(f"{name}-ubyte*")) for name in IDX_FILES]
+    found = []
+    for name in IDX_FILES:
+        found.append(
+            [path for path in sorted(data_dir.glob(f"{name}-ubyte*")) if path.is_file()]
+        )
     if all(found):  # in data_dir itself, compressed or not
         train_images, train_labels, test_images, test_labels = [
             read_idx(files[0]) for files in found
@@ -537,7 +548,7 @@ def download(kind, data_dir, source):
 def make_splits(train, test, size, data_dir):
     """Use the last tenth of train = (images, labels) for validation. Returns the splits."""
     images, labels = train
-    cut = len(labels) - max(len(labels) // 10, 1)
+    cut = len(images) - max(len(images) // 10, 1)
     splits = {
         "train": (images[:cut], labels[:cut]),
         "val": (images[cut:], labels[cut:]),
@@ -610,6 +621,7 @@ MOST_UNREADABLE = 100  # photos in a row, before a run stops
 
 def open_image(path, preprocessing):
     """Decode a file to an upright PIL image in RGB. Raises DataError."""
+    size = preprocessing["image_size"]
     with reading(f"'{path}': cannot read this image", "remove it"):
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end
             raise ValueError("it is no regular file")
@@ -618,7 +630,7 @@ def open_image(path, preprocessing):
                 raise ValueError(f"its size exceeds the limit of {MAX_PIXELS} pixels")
             # Decode a JPEG at 1/2, 1/4 or 1/8 if that leaves twice the image size, enough for
             # the smallest random crop: photos of 12 megapixels load three times as fast.
-            image.draft("RGB", [2 * preprocessing["image_size"]] * 2)
+            image.draft("RGB", (2 * size, 2 * size))
             image.load()
     with suppress(Exception):  # PIL on damaged EXIF data, which do not harm the pixels
         image = ImageOps.exif_transpose(image)  # EXIF has the orientation of a phone
@@ -768,6 +780,8 @@ def load_folder(size, root, training=True, trained_on=None):
     folders = find_splits(root, left_out) or {"train": root}
     found = {split: list_classes(folder, left_out) for split, folder in folders.items()}
     classes = sort_names({name for images in found.values() for name in images})
+    if len(classes) < 2 and training:
+        raise DataError(f"'{root}': training needs at least two class folders with images")
     splits = {}
     for split, images in found.items():
         splits[split] = index_images(images, classes)
@@ -779,8 +793,6 @@ def load_folder(size, root, training=True, trained_on=None):
     for split, (paths, _) in splits.items():
         print(f"{split}: {len(paths)} images of '{folders.get(split, folders.get('train'))}'")
     print(f"{len(classes)} classes: {', '.join(classes[:5])}" + ", ..." * (len(classes) > 5))
-    if len(classes) < 2 and training:
-        raise DataError(f"'{root}': training needs at least two class folders with images")
     return classes, splits
 
 
