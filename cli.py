@@ -1,7 +1,7 @@
 """The command line: options that every script has, the device, and errors in one line.
 
-You can skip this file: it has no lesson. Each script builds its options on `make_parser`, reads
-them with `parse`, and starts with `run(main)`.
+You can skip this file: it has no lesson. Each script builds its options on `make_parser`,
+reads them with `parse`, and starts with `run(main)`.
 """
 
 import argparse
@@ -16,9 +16,29 @@ from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+if "MPLBACKEND" in os.environ and "ipykernel" not in sys.modules:
+    # The setting is a notebook's, and its backend may be missing in this environment. Pictures
+    # are only written to files.
+    os.environ["MPLBACKEND"] = "agg"
+
 # Options of mallopt, by their numbers in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+
+
+ADVICE = {  # part of an error of PyTorch: problem and fix
+    "allocate memory": "not enough memory: lower --batch-size or --image-size",
+    "DataLoader worker": "a worker ended: use --workers 0, or more shared memory (/dev/shm)",
+    "shared memory": "use --workers 0, or more shared memory (/dev/shm)",
+    "ancdata": "too many open files: use --workers 0, or raise `ulimit -n`",
+    "Connection closed by peer": "another process of torchrun ended: see its message",
+    "Timed out waiting": "another process of torchrun does not answer: see its messages",
+}
 
 
 class UserError(Exception):
@@ -63,7 +83,7 @@ def make_parser(description, data, out, batch_size=None):
     add(
         "--data",
         default=data,
-        help="dataset (glyphs, digits, mnist, fashion-mnist, cifar10, flowers) or folder of images",
+        help="glyphs, digits, mnist, fashion-mnist, cifar10, flowers, or a folder of images",
     )
     add(
         "--data-dir",
@@ -109,9 +129,9 @@ def add_checkpoint(parser, default):
 
 
 def parse(parser):
-    """Parse the command line. Raises UserError for a device that this machine does not have."""
+    """Parse the command line. Raises UserError for a missing device."""
     args = parser.parse_args()
-    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
+    if Path(os.path.realpath(args.out)).is_relative_to(os.path.realpath(args.data)):
         parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
     if "device" in args:
         args.device = choose_device(args.device)
@@ -124,6 +144,22 @@ def print_next(script, **options):
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     print(f"next: {shlex.join(words)}")
+
+
+def reserve(folder):
+    """Create the folder of a run, and lock it until this process ends. Returns the lock.
+
+    Raises UserError if another run writes there, and OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115  open until the process ends
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for its end, or use another --out"
+            raise UserError(f"--out {folder}: another run writes there; {fix}") from error
+    return lock
 
 
 def choose_device(name):
@@ -141,7 +177,7 @@ def choose_device(name):
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory, which is faster than asking the system for it in each step."""
+    """Make glibc keep freed memory: asking the system for it in each step is slow."""
     with suppress(AttributeError, TypeError):  # a system without glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)  # no separate memory for large tensors
@@ -149,16 +185,17 @@ def keep_freed_memory():
 
 
 def run(main, *errors):
-    """Run a script. A problem that the user can solve ends in one line on stderr and exit code 2.
+    """Run a script. A problem that the user can solve ends in one line and exit code 2.
 
     errors: kinds of exceptions, besides UserError, that mean such a problem.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
     with suppress(AttributeError):  # the output of a notebook
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a console may lack the letters of a class name
+        # A console may lack the letters of a class name.
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error line is enough
+    warnings.filterwarnings("ignore", module="PIL")  # unusual files that are readable
     keep_freed_memory()
     try:
         main()
@@ -169,14 +206,15 @@ def run(main, *errors):
         # A worker of a DataLoader adds its traceback in front of the message.
         message = str(error).rpartition(f"{type(error).__name__}: ")[2]
     except BrokenPipeError:  # `| head` has read enough
-        os._exit(0)
+        message = "nobody reads the output; a run with a last.pt continues with --resume"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it at the end
     except OSError as error:
         message = f"{error}: check permissions and free space, or use another folder"
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
-            error
-        ):
+        text = "allocate memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+        known = [advice for part, advice in ADVICE.items() if part in text]
+        if not known:
             raise
-        message = "not enough memory: lower --batch-size or --image-size"
+        message = known[0]
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -3,14 +3,14 @@
 An image takes this path: file or array -> uint8 (C, H, W) -> augmentation (training only) ->
 normalisation -> float (N, 3, S, S).
 
-    glyphs                           37 classes of printed letters, drawn from matplotlib's fonts
+    glyphs                           37 classes of letters, drawn from matplotlib's fonts
     digits                           1,797 handwritten digits of 8 × 8 pixels, from digits.npz
     mnist, fashion-mnist, cifar10    60,000 or 70,000 small images, in --data-dir or downloaded
     flowers                          3,670 photos of five kinds, likewise
     a folder                         path/<class>/*.jpg, or path/{train,val,test}/<class>/*.jpg
 
-Small images stay in memory, and a whole batch is augmented at once (`Batches`). Photos are decoded
-one by one (`PhotoDataset`). `DATASETS` lists all datasets by name. Terms used here:
+Small images stay in memory, and a whole batch is augmented at once (`Batches`). Photos are
+decoded one by one (`PhotoDataset`). `DATASETS` lists all datasets by name. Terms used here:
 
     split            train, val (validation, for all choices) or test (for final results only)
     preprocessing    image size, crop, channels, and the mean and std that normalise pixels
@@ -19,15 +19,20 @@ one by one (`PhotoDataset`). `DATASETS` lists all datasets by name. Terms used h
     python data.py --data photos                     # count the images and draw some of them
 """
 
+import cli  # before matplotlib, because it checks the backend
+
+# isort: split
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from unicodedata import normalize
@@ -43,8 +48,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import datasets
 from torchvision.transforms import v2
-
-import cli
 
 # Preprocessing. Mean and std are for pixels in 0..1. crop: used share of the shorter side.
 SMALL_IMAGE = {
@@ -62,7 +65,8 @@ PHOTO = {
     "std": [0.229, 0.224, 0.225],
 }
 FOLDER_EPOCH = 320  # a small folder is repeated until an epoch has this many images
-# Channels last is faster; on Apple's GPUs, gradients are 30 times slower (pytorch/pytorch#193349).
+# Channels last is faster; on Apple's GPUs, gradients are 30 times slower
+# (pytorch/pytorch#193349).
 MEMORY_FORMAT = torch.channels_last
 if torch.backends.mps.is_available():
     MEMORY_FORMAT = torch.contiguous_format
@@ -84,7 +88,7 @@ def reading(problem, fix):
         raise DataError(f"{problem} ({str(error)[:200]}); {fix}") from error
 
 
-# ------------------------------------------------------------------------- one image, or one batch
+# --------------------------------------------------------------------- one image, or one batch
 def normalise(images, preprocessing):
     """Subtract mean, divide by std: (N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S)."""
     mean = 255 * torch.tensor(preprocessing["mean"], device=images.device).view(3, 1, 1)
@@ -111,15 +115,16 @@ def resize(images, size):
 def shift_and_flip(images, size, shift=1 / 8):
     """Shift each image by up to a share `shift` of its side, and mirror half of them.
 
-    He et al. (arXiv:1512.03385, §4.2) do so with CIFAR-10, by up to 4 of 32 pixels. torchvision's
-    transforms would change all images of a batch in the same way.
+    He et al. (arXiv:1512.03385, §4.2) do so with CIFAR-10, by up to 4 of 32 pixels.
+    torchvision's transforms would change all images of a batch in the same way.
     Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
     """
     count, _, side, _ = images.shape
     border = round(side * shift)
     padded = functional.pad(images, [border] * 4)
     pixels = torch.arange(side, device=images.device)
-    # Pixel (y, x) of image i comes from row y + top[i] and column x + left[i] of the padded image.
+    # Pixel (y, x) of image i comes from row y + top[i] and column x + left[i] of the padded
+    # image.
     top, left = torch.randint(2 * border + 1, (2, count, 1), device=images.device)
     rows = top + pixels  # (N, H)
     columns = left + pixels  # (N, H)
@@ -143,7 +148,8 @@ DISTORTION = {
     "blur": 1.5,  # share of the way to a quarter of the resolution; above 1 counts as 1
     "noise": 0.1,  # std, for pixels in 0..1
 }
-# Validation and test letters keep these limits, so that new limits for training change no result.
+# Validation and test letters keep these limits, so that new limits for training change no
+# result.
 HELD_OUT_DISTORTION = {
     "rotation": 0.25,
     "slant": 0.35,
@@ -159,8 +165,8 @@ HELD_OUT_DISTORTION = {
 def distort(images, size, limits=DISTORTION):
     """Give each letter or digit a new shape, as if another hand or font had drawn it.
 
-    A sampling grid applies shift, scale, rotation, slant and a smooth warp; stroke width, blur and
-    noise follow. There is no flip: a mirrored letter is a different letter, or none.
+    A sampling grid applies shift, scale, rotation, slant and a smooth warp; stroke width, blur
+    and noise follow. There is no flip: a mirrored letter is a different letter, or none.
     Shape: (N, C, H, W) in 0..255, background 0 -> float (N, C, size, size) in 0..255.
     """
     images = images.float() / 255
@@ -178,10 +184,12 @@ def distort(images, size, limits=DISTORTION):
     scale_y = random("scale").exp()
     zero = torch.zeros_like(angle)
     one = torch.ones_like(angle)
-    rotate = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
-    lean = torch.stack([one, slant, zero, one], dim=1)
-    stretch = torch.stack([scale_x, zero, zero, scale_y], dim=1)
-    linear = rotate.view(-1, 2, 2) @ lean.view(-1, 2, 2) @ stretch.view(-1, 2, 2)
+    cos = angle.cos()
+    sin = angle.sin()
+    rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    lean = torch.stack([one, slant, zero, one], dim=1).view(-1, 2, 2)
+    stretch = torch.stack([scale_x, zero, zero, scale_y], dim=1).view(-1, 2, 2)
+    linear = rotate @ lean @ stretch
     shift = torch.stack([random("shift"), random("shift")], dim=1)
     matrix = torch.cat([linear, shift[:, :, None]], dim=2)  # (N, 2, 3)
     grid = functional.affine_grid(matrix, (count, 1, size, size), align_corners=False)
@@ -193,9 +201,9 @@ def distort(images, size, limits=DISTORTION):
     stroke = random("stroke", 1, 1, 1)
     thick = functional.max_pool2d(images, 3, stride=1, padding=1)
     thin = -functional.max_pool2d(-images, 3, stride=1, padding=1)
-    images = (
-        images + stroke.clamp(min=0) * (thick - images) - stroke.clamp(max=0) * (thin - images)
-    )
+    thicker = stroke.clamp(min=0) * (thick - images)
+    thinner = stroke.clamp(max=0) * (thin - images)
+    images = images + thicker - thinner
     # Blur: mix with a quarter of the resolution, similar to the 8 × 8 digits.
     coarse = functional.adaptive_avg_pool2d(images, max(size // 4, 1))
     coarse = functional.interpolate(coarse, size=(size, size), mode="bilinear")
@@ -215,7 +223,7 @@ def fit_photo(photo, preprocessing):
 
 
 def augment_photo(photo, size):
-    """Rotate, crop, mirror and recolour a photo at random: PIL image -> PIL image of S × S pixels.
+    """Rotate, crop, mirror and recolour a photo at random: PIL image -> PIL image (S, S).
 
     The crop has 35 to 100% of the area (Szegedy et al., arXiv:1409.4842, §6, with 8 to 100%).
     """
@@ -228,7 +236,7 @@ def augment_photo(photo, size):
     return v2.Compose(changes)(photo)
 
 
-# ---------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------- batches
 def process_rank():
     """Return the number of this process and of all processes: 0 and 1 without torchrun."""
     if distributed.is_available() and distributed.is_initialized():
@@ -240,8 +248,8 @@ def process_rank():
 class Batches:
     """Batches of tensors in memory: an iterable of (inputs, labels), like a DataLoader.
 
-    A DataLoader fetches items one by one. For small images it is much faster to slice and augment
-    a whole batch.
+    A DataLoader fetches items one by one. For small images it is much faster to slice and
+    augment a whole batch.
     """
 
     inputs: torch.Tensor  # (N, ...)
@@ -271,27 +279,47 @@ class Batches:
 
 
 class PhotoDataset(Dataset):
-    """Photos on disk: `paths` (N,) and labels int64 (N,). augment: None, or like augment_photo."""
+    """Photos on disk: paths (N,) and labels int64 (N,). augment: None, or like augment_photo.
+
+    The next readable photo, with its label, takes the place of an unreadable one.
+    """
 
     def __init__(self, paths, labels, preprocessing, augment=None):
         self.paths = paths
         self.labels = labels
         self.preprocessing = preprocessing
         self.augment = augment
+        # Shared with the workers of a DataLoader, so that each unreadable photo is named once.
+        self.unreadable = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        """Return (image float (3, S, S), label). Raises DataError for an unreadable file."""
+        """Return (image float (3, S, S), label). Raises DataError: see MOST_UNREADABLE."""
+        for _ in range(MOST_UNREADABLE):
+            try:
+                return self.load(index), self.labels[index]
+            except DataError as error:
+                if not self.unreadable[index]:
+                    self.unreadable[index] = True
+                    report_unreadable(error, number=self.unreadable.sum())
+                index = (index + 1) % len(self)
+        raise DataError(f"{MOST_UNREADABLE} unreadable photos in a row: check the folder")
+
+    def load(self, index):
         photo = open_image(self.paths[index], self.preprocessing)
         if self.augment is None:
             photo = fit_photo(photo, self.preprocessing)
         else:
             photo = self.augment(photo, self.preprocessing["image_size"])
-        return normalise(v2.functional.pil_to_tensor(photo), self.preprocessing), self.labels[
-            index
-        ]
+        return normalise(v2.functional.pil_to_tensor(photo), self.preprocessing)
+
+
+def report_unreadable(error, number):
+    """Print the message of an unreadable photo. A closed stderr must not end a run."""
+    with suppress(OSError, ValueError):
+        print(f"unreadable photo {number}, left out: {error}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -306,6 +334,9 @@ class Data:
     repeats: int = 1  # passes over the training images per epoch
     batch_size: int = 128  # of all processes together
     workers: int = 0  # processes that decode photos
+    unreadable: dict = field(
+        default_factory=dict
+    )  # split -> bool (N,), shared with the workers
     device: str = "cpu"  # where small images are augmented
 
     def batches(self, split, augmented=False, indices=None):
@@ -320,7 +351,8 @@ class Data:
             raise DataError(
                 "too few images for all processes: use fewer, or raise --batch-size"
             )
-        if indices is None:
+        whole = indices is None
+        if whole:
             end = len(labels)
             if split == "train":
                 end -= (
@@ -332,16 +364,25 @@ class Data:
         batch_size = self.batch_size // processes
         repeats = self.repeats if augmented else 1
         if self.kind == "photos":
+            workers = {
+                "num_workers": self.workers,
+                "pin_memory": self.device.startswith("cuda"),
+            }
+            if self.workers > 0 and sys.platform == "linux":
+                # A new process per epoch: a copy of this one is ready in 0.1 s.
+                workers["multiprocessing_context"] = "fork"
             dataset = PhotoDataset(images, labels, self.preprocessing)
+            if whole:
+                dataset.unreadable = self.unreadable.setdefault(split, dataset.unreadable)
             if not augmented:
-                return DataLoader(dataset, batch_size, num_workers=self.workers)
+                return DataLoader(dataset, batch_size, **workers)
             dataset.augment = self.augment
             return DataLoader(
                 dataset,
                 batch_size,
                 sampler=RandomSampler(dataset, num_samples=repeats * len(labels)),
                 drop_last=repeats * len(labels) > batch_size,
-                num_workers=self.workers,
+                **workers,
             )
 
         def transform(batch):
@@ -353,8 +394,27 @@ class Data:
             images, labels, batch_size, transform, shuffle=augmented, repeats=repeats
         )
 
+    def choose(self, split, count):
+        """Return the indices of some images of a split, chosen at random."""
+        _, labels = self.splits[split]
+        return torch.randperm(len(labels))[:count]
 
-# ------------------------------------------------------------------------------- glyphs and digits
+    def keep_readable(self, split):
+        """Decode all photos of a split, and leave out those that cannot be read."""
+        if self.kind != "photos":
+            return
+        paths, labels = self.splits[split]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            errors = list(threads.map(find_error, paths))
+        for number, error in enumerate(filter(None, errors), start=1):
+            report_unreadable(error, number)
+        kept = torch.tensor([error is None for error in errors])
+        if not kept.any():
+            raise DataError(f"no readable images for {split}: add some")
+        self.splits[split] = paths[kept.numpy()], labels[kept]
+
+
+# --------------------------------------------------------------------------- glyphs and digits
 # As in EMNIST "balanced" (arXiv:1702.05373): no lower-case letter that looks like its capital.
 GLYPH_CLASSES = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt")
 # Validation and test use held-out fonts, to measure accuracy on unknown fonts.
@@ -405,12 +465,12 @@ def load_glyphs(size, data_dir=None):
 def load_digits(size, data_dir=None):
     """Read 1,797 digits by 13 writers from digits.npz.
 
-    They are the test part of UCI's Optical Recognition of Handwritten Digits (E. Alpaydin and C.
-    Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0), as scikit-learn distributes
-    it. Each of the 8 × 8 values counts the ink in a 4 × 4 area, 0 to 16. The order seems to follow
-    the writers. The second half is the test split (899), as in scikit-learn's example. In the first
-    half, every fifth image of a digit is for validation (184), the others for training (714).
-    These share writers: validation accuracy is a little too high.
+    They are the test part of UCI's Optical Recognition of Handwritten Digits (E. Alpaydin and
+    C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, CC BY 4.0), as scikit-learn
+    distributes it. Each of the 8 × 8 values counts the ink in a 4 × 4 area, 0 to 16. The order
+    seems to follow the writers. The second half is the test split (899), as in scikit-learn's
+    example. In the first half, every fifth image of a digit is for validation (184), the
+    others for training (714). These share writers: validation accuracy is a little too high.
     """
     path = Path(__file__).with_name("digits.npz")
     with reading(f"'{path}' is damaged", "clone the project again"), numpy.load(path) as file:
@@ -432,13 +492,17 @@ def load_digits(size, data_dir=None):
     return list("0123456789"), splits
 
 
-# --------------------------------------------------------------------- MNIST and CIFAR-10, flowers
+# ----------------------------------------------------------------- MNIST and CIFAR-10, flowers
 IDX_FILES = ("train-images?idx3", "train-labels?idx1", "t10k-images?idx3", "t10k-labels?idx1")
 
 
 def load_idx(kind, size, data_dir):
     """Load MNIST or Fashion-MNIST. kind: torchvision's class, which can download the files."""
-    found = [sorted(data_dir.glob(f"{name}-ubyte*")) for name in IDX_FILES]
+    found = []
+    for name in IDX_FILES:
+        found.append(
+            [path for path in sorted(data_dir.glob(f"{name}-ubyte*")) if path.is_file()]
+        )
     if all(found):  # in data_dir itself, compressed or not
         train_images, train_labels, test_images, test_labels = [
             read_idx(files[0]) for files in found
@@ -454,7 +518,7 @@ def load_idx(kind, size, data_dir):
 
 
 def read_idx(path):
-    """Read LeCun's IDX format: 2 zeros, type 8 (uint8), dimensions, sizes (big-endian), bytes."""
+    """Read LeCun's IDX format: 2 zeros, type 8 (uint8), dimensions, sizes, bytes."""
     unpack = gzip.open if path.suffix == ".gz" else open
     with reading(f"'{path}' is damaged", "download it again"), unpack(path, "rb") as file:
         _, _, _, dimensions = file.read(4)
@@ -482,9 +546,9 @@ def download(kind, data_dir, source):
 
 
 def make_splits(train, test, size, data_dir):
-    """Split the last tenth of train = (images, labels) off for validation. Returns the splits."""
+    """Use the last tenth of train = (images, labels) for validation. Returns the splits."""
     images, labels = train
-    cut = len(labels) - max(len(labels) // 10, 1)
+    cut = len(images) - max(len(images) // 10, 1)
     splits = {
         "train": (images[:cut], labels[:cut]),
         "val": (images[cut:], labels[cut:]),
@@ -507,7 +571,7 @@ FLOWERS = (
 FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 
-def load_flowers(size, data_dir):
+def load_flowers(size, data_dir, **how):
     """Load TensorFlow's flower photos (229 MB), downloaded and unpacked once."""
     folder = data_dir / "flower_photos"
     archive = data_dir / "flower_photos.tgz"
@@ -521,39 +585,59 @@ def load_flowers(size, data_dir):
                     archive, temporary, filter="data"
                 )  # stays in `temporary`
                 Path(temporary, folder.name).rename(folder)
-    return load_folder(size, folder)
+    return load_folder(size, folder, **how)
 
 
-# ------------------------------------------------------------------------------- folders of photos
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+# --------------------------------------------------------------------------- folders of photos
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif")
 # Without `formats`, PIL would also open an EPS file, and start Ghostscript for it.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 MAX_PIXELS = 120 * 10**6  # per image; four bytes each
-SPLIT_NAMES = {
+SYSTEM_FOLDERS = {
+    "@eadir",
+    "__macosx",
+    "lost+found",
+    "$recycle.bin",
+    "#recycle",
+    "__pycache__",
+}
+SPLIT_WORDS = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "dev": "val",
     "test": "test",
+    "testing": "test",
 }
+# "train_set" and "Training images" are also names of a split; "train_station" is none.
+FILLER_WORDS = {"set", "data", "dataset", "images", "imgs", "photos", "split", "folder", "seg"}
+UNLABELLED = "images in '{}', without class folders (see evaluate.py --images)"
+MOST_UNREADABLE = 100  # photos in a row, before a run stops
 
 
 def open_image(path, preprocessing):
     """Decode a file to an upright PIL image in RGB. Raises DataError."""
+    size = preprocessing["image_size"]
     with reading(f"'{path}': cannot read this image", "remove it"):
-        if path.exists() and not path.is_file():  # reading a pipe might never end
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end
             raise ValueError("it is no regular file")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"its size exceeds the limit of {MAX_PIXELS} pixels")
-            # Decode a JPEG at 1/2, 1/4 or 1/8 if that leaves twice the image size, enough for the
-            # smallest random crop: photos of 12 megapixels load three times as fast.
-            image.draft("RGB", [2 * preprocessing["image_size"]] * 2)
+            # Decode a JPEG at 1/2, 1/4 or 1/8 if that leaves twice the image size, enough for
+            # the smallest random crop: photos of 12 megapixels load three times as fast.
+            image.draft("RGB", (2 * size, 2 * size))
             image.load()
     with suppress(Exception):  # PIL on damaged EXIF data, which do not harm the pixels
         image = ImageOps.exif_transpose(image)  # EXIF has the orientation of a phone
-    if image.mode.startswith("I"):  # 16 bits: 65535 is white, but PIL would cut at 255
-        image = Image.fromarray((numpy.asarray(image) // 257).astype(numpy.uint8))
+    if image.mode.startswith("I"):  # 16 bits, of which a camera may use 10, 12 or 14
+        pixels = numpy.asarray(image)
+        bits = max(int(pixels.max()).bit_length(), 8)
+        image = Image.fromarray((pixels >> (bits - 8)).astype(numpy.uint8))
     if "A" in image.mode or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -562,115 +646,253 @@ def open_image(path, preprocessing):
     return image.convert("RGB")
 
 
-def is_readable(path):
-    """Check whether a file is an image. Only decoding shows whether a JPEG is complete."""
+def find_error(path):
+    """Return the error of an unreadable image, else None. Only decoding finds damage."""
     try:
-        str(path).encode()  # predictions.csv can only hold UTF-8 names
         open_image(path, SMALL_IMAGE)
-    except (DataError, UnicodeError) as error:
-        sys.stderr.write(f"skipping {str(path)!a}: {str(error.__cause__ or error)!a}\n")
-        return False
-    return True
+    except DataError as error:
+        return error
+    return None
 
 
-def find_images(folder):
-    """List the readable images below `folder`, sorted. Hidden files and folders are left out."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        names = path.relative_to(folder).parts
-        hidden = any(name.startswith(".") for name in names)
-        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-            files.append(path)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        readable = list(threads.map(is_readable, files))
-    return [path for path, good in zip(files, readable) if good]
+def is_hidden(name):
+    """Check whether a name belongs to the system or a tool, not to the dataset."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
-def list_folder(root):
-    """List root/<class>/...: (sorted class names, paths (N,), labels (N,)). Raises DataError."""
-    print(f"'{root}': decoding all images once, to find damaged ones", flush=True)
-    images = {}
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "_")):
-            # Systems store é or 한 in different ways. NFC makes a name the same on all of them.
-            name = normalize("NFC", path.name)
-            images[name] = images.get(name, []) + find_images(path)
-    if len(images) < 2 or not all(images.values()):
-        found = ", ".join(f"{name} ({len(paths)} images)" for name, paths in images.items())
-        fix = "at least two class folders with readable images are needed"
-        raise DataError(f"'{root}': found {found or 'no folder'}; {fix}")
-    classes = sorted(images)
+def list_images(folder, left_out):
+    """List the images below a folder: sorted paths. left_out: Counter of all other files."""
+    paths = []
+    for place, folders, files in os.walk(folder, onerror=raise_error):
+        left_out["hidden folders"] += sum(is_hidden(name) for name in folders)
+        folders[:] = [
+            name for name in folders if not is_hidden(name)
+        ]  # os.walk skips the others
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if is_hidden(name):
+                left_out["hidden files"] += 1
+            elif suffix not in IMAGE_SUFFIXES:
+                left_out[f"{suffix or 'nameless'} files"] += 1
+            else:
+                paths.append(os.path.join(place, name))
+    return sorted(paths)
+
+
+def raise_error(error):
+    raise error
+
+
+def list_inside(folder):
+    """List a folder: (names of its visible subfolders, names of its images), sorted."""
+    folders = []
+    images = []
+    for entry in os.scandir(folder):
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            images.append(entry.name)
+    return sorted(folders), sorted(images)
+
+
+def split_of(name):
+    """Return "train", "val" or "test" for the name of such a folder, else None."""
+    words = re.findall("[a-z]+", name.lower())
+    words = [word for word in words if word not in FILLER_WORDS]
+    if len(words) != 1:
+        return None
+    return SPLIT_WORDS.get(words[0])
+
+
+def unwrap(folder, split=None):
+    """Enter folders with nothing but one folder: photos/photos/<class> -> photos/photos."""
+    while True:
+        inner, images = list_inside(folder)
+        if len(inner) != 1 or images or split_of(inner[0]) not in (None, split):
+            return folder
+        subfolders, _ = list_inside(folder / inner[0])
+        if not subfolders:  # a class
+            return folder
+        folder = folder / inner[0]
+
+
+def find_splits(root, left_out):
+    """Find the folders of splits: {"train": path, ...}, or {} if root holds class folders.
+
+    Folders with names such as train, Validation or test_set are splits if they hold folders.
+    """
+    splits = {}
+    others = []
+    names, _ = list_inside(root)
+    for name in names:
+        split = split_of(name)
+        subfolders, _ = list_inside(root / name)
+        if split is None or not subfolders:
+            others.append(name)
+        elif split in splits:
+            problem = f"both '{splits[split].name}' and '{name}' are folders for {split}"
+            raise DataError(f"'{root}': {problem}; keep one")
+        else:
+            splits[split] = unwrap(root / name, split)
+    if splits:
+        for name in others:
+            images = list_images(root / name, Counter())
+            left_out[UNLABELLED.format(root / name)] = len(images)
+    return splits
+
+
+def list_classes(root, left_out):
+    """List root/<class>/...: {class name: paths}."""
+    names, images = list_inside(root)
+    left_out[f"images outside class folders in '{root}'"] = len(images)
+    classes = {}
+    for name in names:
+        subfolders, images = list_inside(root / name)
+        if split_of(name) == "test" and len(names) > 2 and not subfolders:
+            left_out[UNLABELLED.format(root / name)] = len(images)
+            continue
+        if subfolders and not images:
+            print(f"warning: class '{name}' has only folders: {', '.join(subfolders[:5])}")
+        # Systems store é or 한 in different ways. NFC makes a name the same on all of them.
+        key = printable(normalize("NFC", name))
+        classes[key] = classes.get(key, []) + list_images(root / name, left_out)
+    return classes
+
+
+def printable(name):
+    """Replace control characters, and bytes that are not UTF-8, by their numbers."""
+    return "".join(letter if letter.isprintable() else f"<{ord(letter)}>" for letter in name)
+
+
+def load_folder(size, root, training=True, trained_on=None):
+    """Load a folder of photos, and print what was found. Returns (class names, splits).
+
+    training: there must be images for it; without val, a fifth of each class is for
+    validation. Otherwise, without val and test, all images are a test split, unless
+    `trained_on` is their fingerprint. Raises DataError.
+    """
+    if not root.is_dir():
+        raise DataError(f"'{root}': no such folder or dataset ({', '.join(DATASETS)})")
+    root = unwrap(root)
+    left_out = Counter()
+    folders = find_splits(root, left_out) or {"train": root}
+    found = {split: list_classes(folder, left_out) for split, folder in folders.items()}
+    classes = sort_names({name for images in found.values() for name in images})
+    if len(classes) < 2 and training:
+        raise DataError(f"'{root}': training needs at least two class folders with images")
+    splits = {}
+    for split, images in found.items():
+        splits[split] = index_images(images, classes)
+        check_classes(folders[split], images, classes, required=split == "train")
+    reasons = [f"{reason}: {count}" for reason, count in left_out.items() if count]
+    if reasons:
+        print(f"left out: {', '.join(reasons)}")
+    splits = choose_splits(root, folders, splits, training, trained_on)
+    for split, (paths, _) in splits.items():
+        print(f"{split}: {len(paths)} images of '{folders.get(split, folders.get('train'))}'")
+    print(f"{len(classes)} classes: {', '.join(classes[:5])}" + ", ..." * (len(classes) > 5))
+    return classes, splits
+
+
+def sort_names(names):
+    """Sort class names. Numbers are sorted as numbers: 9 comes before 10."""
+    if names and all(name.isdecimal() for name in names):
+        print("class names are numbers: they are in numeric order")
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def index_images(images, classes):
+    """Return (paths (N,), labels (N,)) of {class name: paths}."""
     paths = []
     labels = []
     for label, name in enumerate(classes):
-        paths += images[name]
-        labels += [label] * len(images[name])
-    return classes, numpy.array(paths), torch.tensor(labels)
+        paths += images.get(name, [])
+        labels += [label] * len(images.get(name, []))
+    return numpy.array(paths, dtype=object), torch.tensor(labels, dtype=torch.long)
+
+
+def check_classes(folder, images, classes, required):
+    """Warn of classes without images, or raise DataError if images of all are `required`."""
+    missing = [name for name in classes if not images.get(name)]
+    if not missing:
+        return
+    problem = f"'{folder}' has no images of {', '.join(missing[:5])}"
+    if required:
+        raise DataError(f"{problem}; add images, or remove the class everywhere")
+    print(f"warning: {problem}")
+
+
+def choose_splits(root, folders, splits, training, trained_on):
+    """Return the splits that `load_folder` has found, with val or test made from train."""
+    if "train" not in splits:
+        if training:
+            raise DataError(f"'{root}' has {', '.join(splits)}, but no train: add this folder")
+        return splits
+    paths, labels = splits["train"]
+    if not training and len(splits) == 1 and fingerprint(paths) != trained_on:
+        return {"test": splits["train"]}
+    if "val" in splits or not training and "test" in splits:
+        return splits
+    print("no val folder: a fifth of each class in train is for validation, always the same")
+    train, val = split_folder(folders["train"], paths, labels)
+    chosen = {
+        "train": (paths[train], labels[train]),
+        "val": (paths[val], labels[val]),
+    }
+    if "test" in splits:
+        chosen["test"] = splits["test"]
+    return chosen
+
+
+def fingerprint(paths):
+    """Compute a text from the names of photos and the sizes of up to 1,000 of them."""
+    paths = sorted(paths, key=os.path.basename)
+    names = "/".join(os.path.basename(path) for path in paths)
+    sizes = [os.path.getsize(path) for path in paths[:: len(paths) // 1000 + 1]]
+    return hashlib.sha256(f"{names}{sizes}".encode(errors="surrogateescape")).hexdigest()
+
+
+def describe_training(dataset):
+    """Describe the images that a network is trained on, for its checkpoint."""
+    about = {split: len(labels) for split, (_, labels) in dataset.splits.items()}
+    if dataset.kind == "photos":
+        paths = numpy.concatenate([dataset.splits[split][0] for split in ("train", "val")])
+        about["fingerprint"] = fingerprint(paths)
+    return about
 
 
 def split_folder(root, paths, labels, share=0.2, salt=""):
     """Choose a share of each class. Returns (indices of the others, indices of the share).
 
     The order of hashes of the paths decides, so that a moved folder keeps its split. Another
-    `salt` gives another split (experiments/split_photos.py). Raises DataError for a small class.
+    `salt` gives another split (experiments/split_photos.py). Raises DataError for a small
+    class.
     """
     others = []
     chosen = []
     for label in labels.unique():
         hashes = []
         for index in (labels == label).nonzero().flatten().tolist():
-            name = normalize("NFC", paths[index].relative_to(root).as_posix())
-            hashes.append((hashlib.sha256(f"{salt}{name}".encode()).digest(), index))
+            path = Path(paths[index]).relative_to(root)
+            name = normalize("NFC", path.as_posix())
+            digest = hashlib.sha256(f"{salt}{name}".encode(errors="surrogateescape")).digest()
+            hashes.append((digest, index))
         order = [index for _, index in sorted(hashes)]
         count = max(round(share * len(order)), 1)
         if count >= len(order):
-            name = paths[order[0]].parent
+            name = Path(paths[order[0]]).parent
             raise DataError(f"'{name}': too few images ({len(order)}); add some")
         chosen += order[:count]
         others += order[count:]
     return numpy.sort(others), numpy.sort(chosen)
 
 
-def load_folder(size, root):
-    """Load a folder; without val, a fifth of each class of train is for validation."""
-    if not root.is_dir():
-        raise DataError(f"'{root}': no such folder or dataset ({', '.join(DATASETS)})")
-    subfolders = [path for path in root.iterdir() if path.is_dir()]
-    folders = {}
-    for name, split in SPLIT_NAMES.items():
-        for path in subfolders:
-            if path.name.lower() == name:
-                folders[split] = path
-    if "train" not in folders:
-        if folders and len(folders) == len(subfolders):
-            raise DataError(
-                f"'{root}' has {', '.join(folders)}, but no train: add this folder"
-            )
-        folders = {"train": root}
-    splits = {}
-    classes = None
-    for split, folder in folders.items():
-        names, paths, labels = list_folder(folder)
-        splits[split] = paths, labels
-        if classes is None:
-            classes = names
-        if names != classes:
-            different = ", ".join(sorted(set(names) ^ set(classes)))
-            fix = f"only one of train and {split} has {different}; add the other"
-            raise DataError(f"'{root}': {fix}")
-    if "val" not in splits:
-        paths, labels = splits["train"]
-        train, val = split_folder(root, paths, labels)
-        test = splits.get("test")
-        splits = {"train": (paths[train], labels[train]), "val": (paths[val], labels[val])}
-        if test is not None:
-            splits["test"] = test
-    return classes, splits
-
-
-# --------------------------------------------------------------------------- the table of datasets
-# load: function (image size, folder) -> (class names, {split: (images, labels)}).
-# augment: function of training images: (N, C, H, W) in memory, or one photo; and the image size.
+# ----------------------------------------------------------------------- the table of datasets
+# load: function (image size, folder) -> (class names, {split: (images, labels)}). augment:
+# function of training images: (N, C, H, W) in memory, or one photo; and the image size.
 # repeats: passes over the training images per epoch, each with new augmentations.
 DATASETS = {
     "glyphs": {
@@ -690,7 +912,8 @@ DATASETS = {
     "mnist": {
         "load": partial(load_idx, datasets.MNIST),
         "kind": "small images",
-        # Mean and std of these four: measured on the training images, or ImageNet's for photos.
+        # Mean and std of these four: measured on the training images, or ImageNet's for
+        # photos.
         "preprocessing": {**SMALL_IMAGE, "mean": [0.1307] * 3, "std": [0.3081] * 3},
         "augment": distort,
         "repeats": 1,
@@ -726,12 +949,23 @@ FOLDER = {**DATASETS["flowers"], "load": load_folder}
 
 
 def load_data(
-    name, preprocessing=None, per_class=None, seed=0, data_dir="datasets", **options
+    name,
+    preprocessing=None,
+    per_class=None,
+    seed=0,
+    data_dir="datasets",
+    classes=None,
+    training=True,
+    trained_on=None,
+    **options,
 ):
     """Load a dataset by name (a key of DATASETS) or folder. Returns Data; raises DataError.
 
     preprocessing: values that replace the dataset's own, for example a checkpoint's.
-    per_class: training images per class, chosen by `seed`. options: fields of `Data`.
+    per_class: training images per class, chosen by `seed`.
+    classes: names in the order that a network knows; labels follow it if it has all names
+    found.
+    training, trained_on: see `load_folder`. options: fields of `Data`.
     """
     if name in DATASETS:
         entry = DATASETS[name]
@@ -740,17 +974,27 @@ def load_data(
         entry = FOLDER
         folder = Path(name)
     preprocessing = {**entry["preprocessing"], **(preprocessing or {})}
-    classes, splits = entry["load"](preprocessing["image_size"], folder)
-    repeats = entry["repeats"]
-    images, labels = splits["train"]
+    load = entry["load"]
     if entry["kind"] == "photos":
-        repeats = max(-(-FOLDER_EPOCH // len(labels)), repeats)  # rounded up
-    if per_class is not None:
-        kept = choose_per_class(labels, per_class, seed)
-        splits["train"] = images[kept.numpy()], labels[kept]
-        repeats = max(repeats * len(labels) // len(kept), 1)  # an epoch keeps its size
+        load = partial(load, training=training, trained_on=trained_on)
+    found, splits = load(preprocessing["image_size"], folder)
+    if classes and set(found) <= set(classes):
+        numbers = torch.tensor([classes.index(name) for name in found])
+        splits = {
+            split: (images, numbers[labels]) for split, (images, labels) in splits.items()
+        }
+        found = list(classes)
+    repeats = entry["repeats"]
+    if "train" in splits and training:
+        images, labels = splits["train"]
+        if entry["kind"] == "photos":
+            repeats = -(-FOLDER_EPOCH // len(labels))  # rounded up
+        if per_class is not None:
+            kept = choose_per_class(labels, per_class, seed)
+            splits["train"] = images[kept.numpy()], labels[kept]
+            repeats = max(repeats * len(labels) // len(kept), 1)  # an epoch keeps its size
     return Data(
-        classes,
+        found,
         preprocessing,
         splits,
         kind=entry["kind"],
@@ -770,25 +1014,20 @@ def choose_per_class(labels, per_class, seed):
     return torch.cat(kept).sort().values
 
 
-def load_for(args, preprocessing=None):
-    """Call `load_data` with the options of the command line, which override `preprocessing`."""
+def load_for(args, preprocessing=None, **how):
+    """Call `load_data` with the options of the command line, which come first."""
     preprocessing = dict(preprocessing or {})
     if args.image_size is not None:
         preprocessing["image_size"] = args.image_size
-    return load_data(
-        args.data,
-        preprocessing,
-        per_class=getattr(args, "per_class", None),  # an option of train.py and finetune.py
-        seed=args.seed,
-        data_dir=args.data_dir,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        device=getattr(args, "device", "cpu"),  # export.py has no such option
-    )
+    for name in ("seed", "data_dir", "batch_size", "workers", "device", "per_class"):
+        if name in args:  # not every script has all of them
+            how[name] = getattr(args, name)
+    return load_data(args.data, preprocessing, **how)
 
 
-# ---------------------------------------------------------------------------------------- pictures
-# Class names may be Chinese, Japanese or Korean: add the fonts of this computer that have them.
+# ------------------------------------------------------------------------------------ pictures
+# Class names may be Chinese, Japanese or Korean: add the fonts of this computer that have
+# them.
 CJK_FONTS = [
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -801,7 +1040,7 @@ CJK_FONTS = [
 
 @contextmanager
 def picture_style():
-    """Draw with matplotlib's default settings and our fonts, whatever the user's settings are."""
+    """Draw with matplotlib's defaults and our fonts, whatever the user's settings are."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed]]
     own = {"font.family": fonts, "text.parse_math": False}  # $5 is no formula
@@ -832,7 +1071,7 @@ def plot_grid(path, title, images, names, colours=None, columns=8):
     figure.savefig(path, dpi=120)
 
 
-# -------------------------------------------------------------------------------------- the script
+# ---------------------------------------------------------------------------------- the script
 def describe(dataset):
     """Format the image counts per class and split."""
     lines = []
@@ -848,10 +1087,12 @@ def main():
     cli.add_device(parser)
     args = cli.parse(parser)
     dataset = load_for(args)
+    for split in dataset.splits:
+        dataset.keep_readable(split)
     print(f"{args.data}: {len(dataset.classes)} classes\n{describe(dataset)}")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    some = torch.randperm(len(dataset.splits["train"][1]))[:32]
+    some = dataset.choose("train", 32)
     images, labels = next(iter(dataset.batches("train", indices=some)))
     images = to_pixels(images, dataset.preprocessing)
     names = [dataset.classes[label] for label in labels]

@@ -1,19 +1,26 @@
 """Evaluate a checkpoint: metrics written by hand, a report, and pictures.
 
-    python evaluate.py                                      # runs/finetune/best.pt on the digits
-    python evaluate.py --checkpoint imagenet --images photo.jpg folder --explain   # no labels
+    python evaluate.py                           # runs/finetune/best.pt on the digits
+    python evaluate.py --checkpoint imagenet --images photo.jpg folder       # no labels
 
-Only evaluate.py and export.py use the test split; validation is for all choices. Terms used here:
+Only evaluate.py and export.py use the test split; validation is for all choices. Terms used
+here:
 
     confusion matrix       counts of images per true class (row) and predicted class (column)
     confidence             probability of the predicted class: softmax of the logits
     class activation map   contribution of each place in the image to the logit of a class
 """
 
+import cli  # before matplotlib, because it checks the backend
+
+# isort: split
 import csv
+import glob
 import io
 import json
+import os
 import unicodedata
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +32,6 @@ from matplotlib.figure import Figure
 from torch.nn import functional
 from torchvision.models import MobileNet_V2_Weights
 
-import cli
 import data
 from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
@@ -44,7 +50,7 @@ def predict(model, batches):
 
 
 def score(logits, labels):
-    """Return {"loss", "top1", "top5"} of logits (N, C) and labels (N,): cross-entropy, accuracies.
+    """Return {"loss", "top1", "top5"} of logits (N, C) and labels (N,).
 
     Add a metric here: log.csv, curves.png and metrics.json take it from this dict.
     """
@@ -60,13 +66,15 @@ def score(logits, labels):
 def top_k_accuracy(logits, labels, k):
     """Return the share of images whose true class is among the k most probable ones."""
     best = logits.topk(k, dim=1).indices  # (N, k)
-    return (best == labels[:, None]).any(dim=1).double().mean().item()
+    hits = (best == labels[:, None]).any(dim=1)
+    return hits.double().mean().item()
 
 
 def confusion_matrix(labels, predictions, num_classes):
-    """Count pairs of true and predicted class: (N,), (N,) -> (C, C) int64, one row per true class.
+    """Count pairs of true (row) and predicted class: (N,), (N,) -> (C, C) int64.
 
-    Each pair is a different number, true · C + predicted, and bincount counts all numbers at once.
+    Each pair is a different number, true · C + predicted, and bincount counts all numbers at
+    once.
     """
     pairs = labels * num_classes + predictions
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -77,11 +85,13 @@ def classification_report(confusion):
 
         precision = true positives / all predictions of this class     (column)
         recall    = true positives / all images of this class          (row)
-        F1        = 2 · precision · recall / (precision + recall) = 2 · correct / (row + column)
+        F1        = 2 · precision · recall / (precision + recall)
+                  = 2 · correct / (row + column)
 
     A division by zero, such as the precision of a class that was never predicted, gives 0.
-    Returns {"macro": {...}, "weighted": {...}, "per_class": [{precision, recall, f1, support}]}:
-    means over the classes, the second weighted by support, the number of images of a class.
+    Returns {"macro": {...}, "weighted": {...}, "per_class": [{precision, recall, f1,
+    support}]}: means over the classes, the second weighted by support, the number of images of
+    a class.
     """
     confusion = confusion.double()
     correct = confusion.diagonal()
@@ -127,11 +137,11 @@ def format_report(report, scores, classes):
 
 
 def columns(name):
-    """Return the width of a name in a terminal, where a Chinese character takes two columns."""
+    """Return the width of a name in a terminal: a Chinese character takes two columns."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name)
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------ pictures
 GREEN, RED = "#1a7f37", "#cf222e"
 UNKNOWN = -1  # the label of an image that has none
 EXPLANATION = "bright: evidence for the predicted class"
@@ -163,14 +173,15 @@ def plot_confusion(confusion, classes, path):
 
 
 def class_activation_map(model, images, classes):
-    """Compute where the network sees a class: (N, 3, S, S), (N,) -> (N, h, w), parts of the logit.
+    """Compute where the network sees a class: (N, 3, S, S), (N,) -> (N, h, w).
 
-    With the head's feature maps m (N, 1280, h, w), and weights V and bias b of the classifier, the
-    logit of class c is
+    With the head's feature maps m (N, 1280, h, w), and weights V and bias b of the classifier,
+    the logit of class c is
 
         V_c · mean(m) + b_c  =  mean(V_c · m) + b_c        (means over the h × w places)
 
-    so V_c · m at one place is its part of the logit (Zhou et al., arXiv:1512.04150, equation 2).
+    so V_c · m at one place is its part of the logit (Zhou et al., arXiv:1512.04150, equation
+    2).
     """
     with torch.no_grad():
         maps = model.head(model.blocks(model.stem(images)))
@@ -180,8 +191,8 @@ def class_activation_map(model, images, classes):
 def overlay(maps, images, stride):
     """Draw the positive part of activation maps (N, h, w) over images (N, 3, S, S) in 0..1.
 
-    A convolution with stride 2 reads around the pixels 0, 2, 4, ..., so place i of a feature map
-    belongs to pixel i · stride of the image.
+    A convolution with stride 2 reads around the pixels 0, 2, 4, ..., so place i of a feature
+    map belongs to pixel i · stride of the image.
     """
     strongest = maps.amax(dim=(1, 2), keepdim=True)
     maps = maps.clamp(min=0) / strongest.clamp(min=1e-6)
@@ -189,7 +200,8 @@ def overlay(maps, images, stride):
     maps = functional.interpolate(maps[:, None], covered, mode="bilinear", align_corners=True)
     missing = images.shape[-1] - covered
     maps = functional.pad(maps, (0, missing, 0, missing), mode="replicate")[:, 0]
-    heat = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3]).movedim(3, 1)
+    colours = colormaps["inferno"](maps.numpy())  # (N, S, S, 4): red, green, blue, opacity
+    heat = torch.from_numpy(colours[..., :3]).movedim(3, 1)
     return 0.4 * images.mean(dim=1, keepdim=True) + 0.6 * heat  # on grayscale images
 
 
@@ -258,7 +270,7 @@ def plot_history(history, path, title=""):
     figure.savefig(path, dpi=120)
 
 
-# -------------------------------------------------------------------------------------- the script
+# ---------------------------------------------------------------------------------- the script
 def write_table(path, rows):
     """Write dicts as a CSV file. A column that a row lacks stays empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -296,13 +308,20 @@ def write_predictions(path, names, labels, logits, classes):
 
 
 def load_test(args):
-    """Load the network of --checkpoint, and the dataset of --data as the network expects it.
+    """Load the network of --checkpoint, and the images of --data to score it on.
 
-    Returns (model, checkpoint, dataset, "test" or "val"). Raises DataError if the classes differ.
+    Returns (model, checkpoint, dataset, "test" or "val"). Raises DataError if the classes
+    differ.
     """
     model, checkpoint = load_checkpoint(args.checkpoint)
-    dataset = data.load_for(args, checkpoint["preprocessing"])
     known = class_names(checkpoint)
+    dataset = data.load_for(
+        args,
+        checkpoint["preprocessing"],
+        classes=checkpoint["classes"],
+        training=False,
+        trained_on=checkpoint.get("data", {}).get("fingerprint"),
+    )
     found = dataset.classes
     if not checkpoint["classes"] and len(known) == len(found):
         known = found  # a file without class names: compare the numbers
@@ -312,11 +331,12 @@ def load_test(args):
         fix = "use other --data, or fine-tune the network on these"
         raise data.DataError(f"{problem}: {fix}")
     split = "test" if "test" in dataset.splits else "val"
+    dataset.keep_readable(split)
     return model, checkpoint, dataset, split
 
 
 def class_names(checkpoint):
-    """List the class names; a file of torchvision's weights has none: ImageNet's, or numbers."""
+    """List the class names. torchvision's files have none: use ImageNet's, or numbers."""
     count = checkpoint["arch"]["num_classes"]
     if checkpoint["classes"]:
         return checkpoint["classes"]
@@ -357,44 +377,57 @@ def evaluate(args):
     plot_confusion(confusion, dataset.classes, args.out / "confusion.png")
     if checkpoint["history"]:
         plot_history(checkpoint["history"], args.out / "curves.png", "up to the chosen epoch")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
-    some = order[:32].sort().values
-    correct = predictions == labels
+    torch.manual_seed(args.seed)
+    some = dataset.choose(split, 32).sort().values
     confidences = logits.softmax(dim=1).amax(dim=1)
-    mistakes = (~correct).nonzero().flatten()
+    mistakes = (predictions != labels).nonzero().flatten()
     mistakes = mistakes[confidences[mistakes].argsort(descending=True)][:32]
     draw = partial(plot_predictions, dataset=dataset, split=split, logits=logits)
     title = "green: correct · red: true class → predicted class"
     draw(args.out / "samples.png", title, indices=some)
     draw(args.out / "mistakes.png", "most confident mistakes", indices=mistakes)
-    explained = torch.cat([mistakes[:8], some[correct[some]][:8]]) if args.explain else ()
+    explained = ()  # only removes an older picture
+    if args.explain:
+        explained = torch.cat([mistakes[:8], some])[:16]
     draw(args.out / "explanation.png", EXPLANATION, indices=explained, explain=model)
     print(f"\nwrote the results to {args.out}")
     out = f"{args.checkpoint.removesuffix('/best.pt')}-export"
     cli.print_next("export.py", checkpoint=args.checkpoint, data=args.data, out=out)
 
 
+def find_images(arguments):
+    """List the readable images among files, folders and patterns such as *.jpg."""
+    paths = []
+    for argument in map(str, arguments):
+        if os.path.isdir(argument):
+            paths += data.list_images(argument, Counter())
+        else:  # PowerShell does not expand patterns
+            paths += sorted(glob.glob(argument)) or [argument]
+    if not paths:
+        raise data.DataError("--images: no images found; name files, or folders of images")
+    return paths
+
+
 def classify(args):
     """Predict the classes of --images, which have no labels."""
     model, checkpoint = load_checkpoint(args.checkpoint)
-    paths = []
-    for path in args.images:
-        paths += data.find_images(path) if path.is_dir() else [path]
-    if not paths:
-        raise data.DataError("--images: no images found; name files, or folders of images")
+    paths = find_images(args.images)
     classes = class_names(checkpoint)
     preprocessing = {**data.PHOTO, **checkpoint["preprocessing"]}
     if args.image_size is not None:
         preprocessing["image_size"] = args.image_size
     labels = torch.full((len(paths),), UNKNOWN)
+    paths = numpy.array(paths, dtype=object)
     dataset = data.Data(
         classes,
         preprocessing,
-        {"test": (numpy.array(paths), labels)},
+        {"test": (paths, labels)},
         kind="photos",
         batch_size=args.batch_size,
         workers=args.workers,
     )
+    dataset.keep_readable("test")
+    paths, _ = dataset.splits["test"]
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     logits, labels = predict(model, dataset.batches("test"))
     print(f"{args.checkpoint}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")

@@ -5,16 +5,17 @@
 
     torchscript   model.torchscript.pt   deprecated by PyTorch, but many courses use it
     pt2           model.pt2              torch.export, the successor of TorchScript
-    onnx          model.onnx             for ONNX Runtime and others; usually the fastest on a CPU
+    onnx          model.onnx             for ONNX Runtime and others; usually fastest on a CPU
     int8          model.int8.onnx        8-bit weights and activations, a third of the size
 
-The last two need the packages in requirements-onnx.txt. All files take float images (N, 3, S, S),
-normalised as report.json says, and return logits (N, num_classes); with --with-preprocessing they
-take uint8 images (N, channels, S, S) and return probabilities. Terms used here:
+The last two need the packages in requirements-onnx.txt. All files take float images (N, 3, S,
+S), normalised as report.json says, and return logits (N, num_classes); with
+--with-preprocessing they take uint8 images (N, channels, S, S) and return probabilities. Terms
+used here:
 
     fold          move BatchNorm into the weights of the convolution before it
     quantise      round numbers to 8-bit integers with a common scale
-    verify        load a file in another process, and compare it with the network on all test images
+    verify        load a file in another process, and compare it with the network
 """
 
 import copy
@@ -36,10 +37,10 @@ from torch import nn
 
 import cli
 import data
-from evaluate import load_test
-from mobilenetv2 import CheckpointError, write_file
+from evaluate import class_names, load_test, predict
+from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
-TOLERANCE = 1e-4  # largest difference of a float format's output from the network's
+TOLERANCE = 1e-4  # largest difference of a float format's outputs, relative to their range
 LOST_ACCURACY = 0.005  # int8 may lose this share of the images, or a single one
 ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)  # the first input dimension has any size
 
@@ -77,11 +78,11 @@ class WithPreprocessing(nn.Module):
         return self.network((images.float() - self.mean) / self.std).softmax(dim=1)
 
 
-# ------------------------------------------------------------------------------------------ formats
-# Each format has a function that writes a file. metadata: {"classes": ..., "preprocessing": ...} as
-# JSON, stored in the file. calibration: batches of training images, for int8.
+# ------------------------------------------------------------------------------------- formats
+# Each format has a function that writes a file. metadata: {"classes": ..., "preprocessing":
+# ...} as JSON, stored in the file. calibration: batches of training images, for int8.
 def export_torchscript(network, example, path, metadata, calibration):
-    traced = torch.jit.freeze(torch.jit.trace(network, example))
+    traced = torch.jit.trace(network, example)
     buffer = io.BytesIO()  # with a path, a full disk would abort the process
     torch.jit.save(traced, buffer, {f"{key}.json": text for key, text in metadata.items()})
     path.write_bytes(buffer.getvalue())
@@ -116,10 +117,10 @@ def export_onnx(network, example, path, metadata, calibration):
 def export_int8(network, example, path, metadata, calibration):
     """Quantise after training (Jacob et al., arXiv:1712.05877, §2 and §3).
 
-    A number r is stored as q = round(r / scale) + zero, in 0..255. The scale covers the range of
-    the weights per output channel, or of the activations on some training images (at most 0..6
-    after ReLU6: its purpose in the paper, §4). Weights are unsigned, because older CPUs add
-    products of unsigned and signed numbers in 16 bits, which can overflow.
+    A number r is stored as q = round(r / scale) + zero, in 0..255. The scale covers the range
+    of the weights per output channel, or of the activations on some training images (at most
+    0..6 after ReLU6: its purpose in the paper, §4). Weights are unsigned, because older CPUs
+    add products of unsigned and signed numbers in 16 bits, which can overflow.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -142,6 +143,12 @@ def export_int8(network, example, path, metadata, calibration):
     )
 
 
+def load_torchscript(path):
+    # Freezing makes the weights constants, which is fast, but binds them to a device. So the
+    # file is not frozen.
+    return torch.jit.freeze(torch.jit.load(path).eval())
+
+
 def load_pt2(path):
     return torch.export.load(path).module()
 
@@ -152,14 +159,19 @@ def load_onnx(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options)
-    return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+    def network(images):
+        (outputs,) = session.run(None, {"input": images.numpy()})
+        return torch.from_numpy(outputs)
+
+    return network
 
 
 FORMATS = {  # int8 comes after onnx, because it uses its file
     "torchscript": {
         "file": "model.torchscript.pt",
         "export": export_torchscript,
-        "load": torch.jit.load,
+        "load": load_torchscript,
     },
     "pt2": {"file": "model.pt2", "export": export_pt2, "load": load_pt2},
     "onnx": {"file": "model.onnx", "export": export_onnx, "load": load_onnx},
@@ -184,53 +196,63 @@ def quiet_exporters():
     root.removeFilter(is_useful)
 
 
-# ----------------------------------------------------------------------------------- verification
-def inputs(dataset, batches, pixels):
-    """Yield images as the file takes them: normalised float, or with `pixels` uint8."""
-    for images, _ in batches:
-        if pixels:
-            images = (255 * data.to_pixels(images, dataset.preprocessing)).round().byte()
-            images = images[:, : dataset.preprocessing["channels"]]
-        yield images.contiguous()
+# -------------------------------------------------------------------------------- verification
+def to_input(images, preprocessing, pixels):
+    """Return images as the file takes them: normalised float, or with `pixels` uint8."""
+    if pixels:
+        images = (255 * data.to_pixels(images, preprocessing)).round().byte()
+        images = images[:, : preprocessing["channels"]]
+    return images.contiguous()
 
 
 def load_and_measure(load, path, threads, *task):
     """Measure a file, in a process that has not built the network."""
     torch.set_num_threads(threads)
-    return measure(load(path), *task)
+    with quiet_exporters():
+        return measure(load(path), *task)
 
 
 @torch.inference_mode()
 def measure(network, dataset, split, pixels):
     """Run a network on a split. Returns (outputs (N, num_classes), measurements)."""
-    batches = list(inputs(dataset, dataset.batches(split), pixels))
-    outputs = torch.cat([network(images) for images in batches])
+    outputs = []
+    labels = []
+    first = None
+    for images, batch_labels in dataset.batches(split):
+        images = to_input(images, dataset.preprocessing, pixels)
+        if first is None:
+            first = images[:16]
+        outputs.append(network(images))
+        labels.append(batch_labels)
+    outputs = torch.cat(outputs)
+    correct = outputs.argmax(dim=1) == torch.cat(labels)
     # A batch size that export made a constant would show up with single images.
-    images = batches[0][:16]
-    single = torch.cat([network(image) for image in images.split(1)])
+    single = torch.cat([network(image) for image in first.split(1)])
     # The first runs allocate memory, and TorchScript optimises itself.
-    seconds = timeit.repeat(lambda: network(images[:1]), number=1, repeat=33)[3:]
-    _, labels = dataset.splits[split]
+    timer = timeit.Timer(lambda: network(first[:1]))
+    seconds = timer.repeat(repeat=33, number=1)[3:]
     return outputs, {
-        "accuracy": (outputs.argmax(dim=1) == labels).double().mean().item(),
+        "accuracy": correct.double().mean().item(),
         "latency_ms": 1000 * statistics.median(seconds),
         "batch_difference": (outputs[:16] - single).abs().max().item(),
+        "range": outputs.abs().max().item(),
     }
 
 
 def find_fault(name, result, lost, images):
-    """Return the fault of a measured file, or None. lost: images that only the network knows."""
-    if not result["batch_difference"] <= TOLERANCE:  # NaN is a fault
+    """Return the fault of a file, or None. lost: images that only the network knows."""
+    limit = TOLERANCE * max(result["range"], 1)
+    if not result["batch_difference"] <= limit:  # NaN is a fault
         return "its outputs depend on the batch size"
     if name == "int8":
         if lost > max(LOST_ACCURACY * images, 1):
             return f"it loses {lost} of {images} images"
-    elif not result["largest_difference"] <= TOLERANCE:
+    elif not result["largest_difference"] <= limit:
         return f"its outputs differ by up to {result['largest_difference']:.1e}"
     return None
 
 
-# -------------------------------------------------------------------------------------- the script
+# ---------------------------------------------------------------------------------- the script
 ROW = "{:<21} {:>6} {:>11} {:>9} {:>11}"
 
 
@@ -286,6 +308,29 @@ def print_row(file, result):
     print(ROW.format(file, megabytes, *cells), flush=True)
 
 
+def load_network(args):
+    """Load the network of --checkpoint, and images: (network, dataset, split)."""
+    if args.data != "none":
+        network, _, dataset, split = load_test(args)
+        return network, dataset, split
+    network, checkpoint = load_checkpoint(args.checkpoint)
+    preprocessing = {**data.PHOTO, **checkpoint["preprocessing"]}
+    size = args.image_size or preprocessing["image_size"]
+    preprocessing["image_size"] = size
+    images = torch.randint(256, (64, preprocessing["channels"], size, size), dtype=torch.uint8)
+    labels = torch.zeros(64, dtype=torch.long)
+    dataset = data.Data(class_names(checkpoint), preprocessing, {"random": (images, labels)})
+    logits, _ = predict(network, dataset.batches("random"))
+    dataset.splits["random"] = images, logits.argmax(dim=1)
+    print(
+        "--data none: files are compared on 64 random images, and their accuracy means nothing"
+    )
+    if "int8" in args.formats:
+        args.formats.remove("int8")
+        print("--data none: no int8, which has to see typical images")
+    return network, dataset, "random"
+
+
 def main():
     parser = cli.make_parser(__doc__, data="digits", out="runs/export", batch_size=64)
     cli.add_checkpoint(parser, "runs/finetune/best.pt")
@@ -298,7 +343,7 @@ def main():
         help="take uint8 images, and return probabilities",
     )
     args = cli.parse(parser)
-    network, _, dataset, split = load_test(args)
+    network, dataset, split = load_network(args)
     folded = fold_batch_norm(network)
     pixels = args.with_preprocessing
     if pixels:
@@ -307,18 +352,19 @@ def main():
     network.to(memory_format=torch.channels_last)
     folded.to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
-    some = torch.randperm(len(dataset.splits["train"][1]))[:256]
-    calibration = list(inputs(dataset, dataset.batches("train", indices=some), pixels))
-    example = calibration[0][
-        :2
-    ].clone()  # torch.export would make a batch size of 1 a constant
+    # Quantisation needs typical images: those of training, if they are there.
+    source = "train" if "train" in dataset.splits else split
+    some = dataset.choose(source, 256)
+    calibration = []
+    for images, _ in dataset.batches(source, indices=some):
+        calibration.append(to_input(images, dataset.preprocessing, pixels))
+    example = calibration[0][:2].clone()  # of a batch of 1, torch.export would make a constant
     about = {"classes": dataset.classes, "preprocessing": dataset.preprocessing}
     metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
 
     task = (dataset, split, pixels)
     reference = measure(network, *task)
-    images = len(dataset.splits[split][1])
-    verified_on = f"{images} images of {args.data} ({split})"
+    verified_on = f"{len(reference[0])} images of {args.data} ({split})"
     print(f"{verified_on}, threads: {torch.get_num_threads()}")
     print(ROW.format("file", "MB", "ms / image", "accuracy", "difference"))
     print_row("network", reference[1])

@@ -1,11 +1,12 @@
 """Fine-tune a trained network on another dataset, in two stages.
 
-    python finetune.py                                   # letters (runs/train/best.pt) to digits
+    python finetune.py                           # letters (runs/train/best.pt) to digits
     python finetune.py --data path/to/photos --checkpoint imagenet --image-size 160
 
-Stage "classifier" freezes the backbone and trains a new classifier on its features. Stage "blocks"
-also trains the head and the last blocks: 8 of 17 for photos, all layers for small images. The
-layers before them stay frozen, because edges look the same in any photo. Terms used here:
+Stage "classifier" freezes the backbone and trains a new classifier on its features. Stage
+"blocks" also trains the head and the last blocks: 8 of 17 for photos, all layers for small
+images. The layers before them stay frozen, because edges look the same in any photo. Terms
+used here:
 
     front, rest       the frozen and the trained part of the backbone in stage "blocks"
     frozen            without updates; BatchNorm keeps its running statistics
@@ -32,6 +33,7 @@ DEFAULTS = {
         "unfreeze": 8,  # blocks
         "train_batch_norm": False,
         "weight_decay": 0.01,
+        "loss": "cross-entropy",
         "label_smoothing": 0.1,
     },
     # Weights from letters are only a start: train all layers.
@@ -42,6 +44,7 @@ DEFAULTS = {
         "unfreeze": 17,
         "train_batch_norm": True,
         "weight_decay": 0.01,
+        "loss": "cross-entropy",
         "label_smoothing": 0.1,
     },
 }
@@ -51,7 +54,8 @@ HEAD_RATE = 0.5  # learning rate of the head, relative to that of the classifier
 def extract_features(backbone, batches):
     """Run frozen layers over all images once: batches -> outputs, labels (N,), on the CPU.
 
-    The outputs of a backbone are features (N, 1280). Eval mode: they do not depend on the batch.
+    The outputs of a backbone are features (N, 1280). Eval mode: they do not depend on the
+    batch.
     """
     backbone.eval()
     device = next(backbone.parameters()).device
@@ -75,23 +79,25 @@ def freeze_batch_norm(module):
 
 
 def main():
-    args = parse_arguments()
-    last = train.read_last(args)
+    parser = make_parser()
+    args = cli.parse(parser)
+    last = train.read_last(parser, args)
     train.start(args)
     source = args.checkpoint if last is None else args.out / "last.pt"
     model, checkpoint = load_checkpoint(source, args.output_stride)
     # Image size, mean and std as in pretraining; crop and channels are the dataset's.
     known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
-    dataset = data.load_for(args, known)
+    dataset = data.load_for(args, known, classes=checkpoint["classes"])
     train.use_defaults(args, DEFAULTS[dataset.kind])
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
     history = []
     if last is not None:
-        train.check_classes(last, dataset)
+        train.check_data(last, dataset)
         history = last["history"]
     elif checkpoint["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
+    lock = train.reserve_folder(args)  # noqa: F841  released at the end
     save = partial(train.save_epoch, args, model, dataset)
     train_classifier(model, dataset, args, history, save, last)
     train_blocks(model, dataset, args, history, save, last)
@@ -101,8 +107,8 @@ def main():
 def train_classifier(model, dataset, args, history, save, last=None):
     """Stage "classifier": train the classifier on features of the frozen backbone.
 
-    A frozen backbone maps an image to the same features in every epoch, so they are computed once,
-    without augmentation.
+    A frozen backbone maps an image to the same features in every epoch, so they are computed
+    once, without augmentation.
     """
     if train.count_epochs(history, "classifier") >= args.classifier_epochs:
         return
@@ -138,7 +144,7 @@ def train_classifier(model, dataset, args, history, save, last=None):
 
 
 def train_blocks(model, dataset, args, history, save, last=None):
-    """Stage "blocks": train the last blocks, the head and the classifier on augmented images."""
+    """Stage "blocks": also train the last blocks and the head, on augmented images."""
     if train.count_epochs(history, "blocks") >= args.epochs:
         return
     front, rest = divide(model, args.unfreeze)
@@ -178,7 +184,8 @@ def divide(model, count):
         front   images (N, 3, S, S) -> feature maps (N, C, H, W)      stem and first blocks
         rest    feature maps        -> feature maps (N, 1280, h, w)   last `count` blocks, head
 
-    If `count` is the number of all blocks, the stem belongs to the rest, and the front is empty.
+    If `count` is the number of all blocks, the stem belongs to the rest, and the front is
+    empty.
     """
     layers = [model.stem, *model.blocks, model.head]
     cut = 0
@@ -203,7 +210,7 @@ def make_optimizer(classifier, layers, args):
     return torch.optim.AdamW(groups)
 
 
-def parse_arguments():
+def make_parser():
     parser = cli.make_parser(__doc__, data="digits", out="runs/finetune", batch_size=64)
     cli.add_device(parser)
     cli.add_checkpoint(parser, "runs/train/best.pt")
@@ -230,7 +237,7 @@ def parse_arguments():
         help="update BatchNorm's statistics (default: no for photos, else yes)",
     )
     train.add_training_options(parser)
-    return cli.parse(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -5,22 +5,23 @@
     python train.py --resume                       # continue an interrupted run
     torchrun --nproc-per-node 8 train.py ...       # on 8 GPUs, or in 8 processes on CPUs
 
-Read `train_epoch` (the batches of an epoch), `fit` (the epochs of a run) and `main`. Bookkeeping
-follows. Two functions of evaluate.py are used here: `predict` runs the network on all images of a
-split, and `score` compares its logits with the labels. Terms used here:
+Read `train_epoch` (the batches of an epoch), `fit` (the epochs of a run) and `main`.
+Bookkeeping follows. Two functions of evaluate.py are used here: `predict` runs the network on
+all images of a split, and `score` compares its logits with the labels. Terms used here:
 
     epoch       one pass over the training images (several passes for small datasets)
     warm-up     the first steps, in which the learning rate rises to its peak
     top1        share of images whose most probable class is correct
     rank        number of a process of torchrun; rank 0 prints and writes the files
-    best.pt     checkpoint of the last epoch within one standard error of the best validation top1
-    last.pt     checkpoint of the latest epoch, with everything that --resume needs
+    best.pt     the last epoch within one standard error of the best validation top1
+    last.pt     the latest epoch, with everything that --resume needs
 """
 
 import math
 import os
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -34,7 +35,7 @@ import data
 from evaluate import plot_history, predict, score, write_table
 from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint
 
-# A recipe may set any training option. The command line overrides it.
+# The settings of a run. The command line overrides them.
 RECIPES = {
     # For small images and few epochs; chosen on the validation letters.
     "small": {
@@ -45,8 +46,11 @@ RECIPES = {
         "epochs": 3,
         "warmup": 0.1,  # share of all steps
         "weight_decay": 4e-5,
+        "loss": "cross-entropy",
         "label_smoothing": 0.1,
     },
+    # The other recipes replace some of these settings.
+    #
     # The paper, §6.1. It used 16 GPUs, each with updates of its own from batches of 96, and does
     # not say how many epochs, or whether labels were smoothed.
     "paper": {
@@ -55,26 +59,19 @@ RECIPES = {
         "learning_rate": 0.045,
         "batch_size": 96,
         "epochs": 300,
-        "warmup": 0.0,
-        "weight_decay": 4e-5,
-        "label_smoothing": 0.1,
     },
     # 72% on ImageNet in https://github.com/d-li14/mobilenetv2.pytorch, which differs from this
     # script: no warm-up, no Nesterov momentum, no label smoothing, and weight decay also for
     # BatchNorm.
     "cosine": {
-        "optimizer": "sgd",
-        "schedule": "cosine",
         "learning_rate": 0.05,
         "batch_size": 256,
         "epochs": 150,
-        "warmup": 0.1,
-        "weight_decay": 4e-5,
-        "label_smoothing": 0.1,
     },
 }
 # A resumed run may change these options. All others are as in last.pt.
 OPTIONS_OF_A_CALL = ("out", "data_dir", "device", "workers", "resume", "overwrite")
+TIME_LIMIT = timedelta(minutes=10)  # for a process of torchrun that waits for the others
 
 
 class DivergedError(cli.UserError):
@@ -152,7 +149,7 @@ def fit(
 
 
 def validate(model, batches):
-    """Return the scores of the validation images: {"val_loss", "val_top1", ...}, as `score`."""
+    """Return the scores of the validation images: {"val_loss", "val_top1", ...}."""
     synchronise_buffers(model)
     logits, labels = gather(*predict(model, batches))
     return {f"val_{name}": value for name, value in score(logits, labels).items()}
@@ -183,13 +180,13 @@ def main():
     )
     add_training_options(parser)
     args = cli.parse(parser)
-    last = read_last(args)
-    use_defaults(args, RECIPES[args.recipe])
+    last = read_last(parser, args)
+    use_defaults(args, {**RECIPES["small"], **RECIPES.get(args.recipe, {})})
     if args.epochs < 1:
         parser.error(f"argument --epochs: {args.epochs}: use at least 1")
     start(args)
 
-    dataset = data.load_for(args)
+    dataset = data.load_for(args, classes=last and last["classes"])
     train_batches = dataset.batches("train", augmented=True)
     val_batches = dataset.batches("val")
     steps = len(train_batches)
@@ -203,9 +200,10 @@ def main():
     loss_function = make_loss(args.loss, args.label_smoothing)
     history = []
     if last is not None:
-        check_classes(last, dataset)
+        check_data(last, dataset)
         restore(args, last, model, optimizer, scheduler)
         history = last["history"]
+    lock = reserve_folder(args)  # noqa: F841  released at the end
     fit(
         model,
         train_batches,
@@ -222,11 +220,12 @@ def main():
     finish(args, dataset, history)
 
 
-# ------------------------------------------------------------------- optimizer, schedule and loss
+# ---------------------------------------------------------------- optimizer, schedule and loss
 def parameter_groups(parameters, learning_rate, weight_decay):
     """Make two optimizer groups: weight decay only for convolutions and linear layers.
 
-    Biases have none, nor do BatchNorm's scale and shift (Goyal et al., arXiv:1706.02677, §5.1).
+    Biases have none, nor do BatchNorm's scale and shift (Goyal et al., arXiv:1706.02677,
+    §5.1).
     """
     decayed = []
     others = []
@@ -264,9 +263,9 @@ def make_scheduler(name, optimizer, steps_per_epoch, epochs, warmup=0.1):
 def cosine(step, steps, warmup=0.1):
     """Compute the learning-rate factor: linear warm-up to 1, then a cosine down to 0.
 
-    During the warm-up (Goyal et al., §2.2), a share of the steps, the gradients of a new network
-    change quickly. The cosine is equation 5 of Loshchilov and Hutter, arXiv:1608.03983, without
-    restarts.
+    During the warm-up (Goyal et al., §2.2), a share of the steps, the gradients of a new
+    network change quickly. The cosine is equation 5 of Loshchilov and Hutter,
+    arXiv:1608.03983, without restarts.
     """
     warmup_steps = warmup * steps
     if step < warmup_steps:
@@ -283,9 +282,9 @@ def exponential(step, steps_per_epoch):
 def make_loss(name, label_smoothing=0.0):
     """Return the loss function: (logits (N, C), labels (N,)) -> scalar."""
     if name == "cross-entropy":
-        # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that logits
-        # need not grow without limit (Szegedy et al., arXiv:1512.00567, §7). cross_entropy applies
-        # softmax.
+        # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that
+        # logits need not grow without limit (Szegedy et al., arXiv:1512.00567, §7).
+        # cross_entropy applies softmax.
         return partial(functional.cross_entropy, label_smoothing=label_smoothing)
     if name == "focal":
         return focal_loss
@@ -298,21 +297,25 @@ LOSSES = ("cross-entropy", "focal", "dice")
 
 
 def focal_loss(logits, labels, gamma=2.0):
-    """FL = -(1 - p)^gamma · log p, with the probability p of the true class: (N, C), (N,) -> mean.
+    """FL = -(1 - p)^gamma · log p, with the probability p of the true class.
 
-    A well classified image (p near 1) counts little, so that many easy images do not outweigh a
-    few hard ones. Lin et al., arXiv:1708.02002, equation 4, with their gamma.
+    Shape: (N, C), (N,) -> mean over the images.
+
+    A well classified image (p near 1) counts little, so that many easy images do not outweigh
+    a few hard ones. Lin et al., arXiv:1708.02002, equation 4, with their gamma.
     """
     log_p = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]  # (N,)
     return -((1 - log_p.exp()) ** gamma * log_p).mean()
 
 
 def dice_loss(logits, labels):
-    """1 - D, with D = (2 Σ p·g + 1) / (Σ p² + Σ g² + 1) per class: (N, C), (N,) -> mean over C.
+    """1 - D, with D = (2 Σ p·g + 1) / (Σ p² + Σ g² + 1) per class.
 
-    The sums run over the batch; g is 1 for the true class, else 0. D is the overlap of predicted
-    and true class, so a rare class counts as much as a frequent one. The 1 keeps D defined for an
-    absent class. Milletari et al., arXiv:1606.04797, §3.
+    Shape: (N, C), (N,) -> mean over the classes.
+
+    The sums run over the batch; g is 1 for the true class, else 0. D is the overlap of
+    predicted and true class, so a rare class counts as much as a frequent one. The 1 keeps D
+    defined for an absent class. Milletari et al., arXiv:1606.04797, §3.
     """
     p = logits.softmax(dim=1)  # (N, C)
     g = functional.one_hot(labels, logits.shape[1])  # (N, C)
@@ -320,7 +323,7 @@ def dice_loss(logits, labels):
     return 1 - overlap.mean()
 
 
-# ------------------------------------------------------------------- mixed precision and torchrun
+# ---------------------------------------------------------------- mixed precision and torchrun
 class MixedPrecision(nn.Module):
     """Run the forward pass of `network` in bfloat16 where autocast considers it safe."""
 
@@ -334,7 +337,7 @@ class MixedPrecision(nn.Module):
 
 
 def wrap(network, amp):
-    """Add mixed precision (--amp) and the averaging of gradients (torchrun) around `network`."""
+    """Add mixed precision (--amp) and averaged gradients (torchrun) around `network`."""
     if amp == "bfloat16":
         network = MixedPrecision(network)
     _, processes = data.process_rank()
@@ -352,7 +355,7 @@ def synchronise_buffers(model):
 
 
 def gather(logits, labels):
-    """Collect the logits and labels of all processes, each of which has predicted its share."""
+    """Collect the logits and labels of all processes. Each has predicted its share."""
     _, processes = data.process_rank()
     if processes == 1:
         return logits, labels
@@ -363,11 +366,13 @@ def gather(logits, labels):
 
 def start(args):
     """Join the processes of torchrun, if there are any, and set the seed."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if distributed.is_torchelastic_launched():
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        distributed.init_process_group()  # NCCL for tensors on GPUs, Gloo for the CPU
+        distributed.init_process_group(
+            timeout=TIME_LIMIT
+        )  # NCCL for tensors on GPUs, Gloo for the CPU
         if distributed.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
     torch.manual_seed(args.seed)
@@ -391,15 +396,16 @@ def show_progress(batches, title):
 
 
 def set_epoch_seed(seed, epoch):
-    """Set a seed per epoch and process, for order, augmentation and dropout: --resume repeats them.
+    """Set a seed per epoch and process, for order, augmentation and dropout.
 
-    The numbers do not meet for fewer than 100,000 epochs and 1,000 processes.
+    So --resume repeats them. The numbers do not meet for fewer than 100,000 epochs and 1,000
+    processes.
     """
     rank, _ = data.process_rank()
     torch.manual_seed(100_000_000 * seed + 1_000 * epoch + rank)
 
 
-# ------------------------------------------------------------------------ files of a run, options
+# --------------------------------------------------------------------- files of a run, options
 def add_training_options(parser):
     """Add the options that train.py and finetune.py share."""
     add = parser.add_argument
@@ -421,13 +427,12 @@ def add_training_options(parser):
     add(
         "--loss",
         choices=LOSSES,
-        default="cross-entropy",
-        help="focal: for hard images; dice: for rare classes",
+        help="focal: for hard images; dice: for rare classes (default: by recipe or dataset)",
     )
     add(
         "--label-smoothing",
         type=cli.in_range(float, 0, 1),
-        help="share of the target for all classes, with cross-entropy (default: by recipe or dataset)",
+        help="share of the target for all classes (default: by recipe or dataset)",
     )
     add(
         "--amp",
@@ -455,16 +460,16 @@ def use_defaults(args, defaults):
             setattr(args, name, value)
 
 
-def read_last(args):
-    """Return the checkpoint last.pt of a resumed run, or None; `args` get the run's settings."""
+def read_last(parser, args):
+    """Return last.pt of a resumed run, or None. `args` get the run's settings."""
     path = args.out / "last.pt"
     if not path.exists():
         return None
-    if not args.resume:
-        if not args.overwrite:
-            fix = "use --resume, --overwrite or another --out"
-            raise cli.UserError(f"--out {args.out}: contains a run; {fix}")
+    if args.overwrite:
         return None
+    if not args.resume:
+        fix = "use --resume, --overwrite or another --out"
+        raise cli.UserError(f"--out {args.out}: contains a run; {fix}")
     _, last = load_checkpoint(path)
     settings = last.get("settings", {})
     missing = vars(args).keys() - settings.keys() - set(OPTIONS_OF_A_CALL)
@@ -473,14 +478,38 @@ def read_last(args):
         raise cli.UserError(
             f"cannot use the settings of '{path}' ({problem}); use another --out"
         )
+    if args.data != parser.get_default("data"):
+        settings["data"] = args.data  # it may have moved
+    for name, value in settings.items():
+        given = getattr(args, name, None)
+        if given not in (value, parser.get_default(name)):
+            option = name.replace("_", "-")
+            print(f"--{option} {given} is ignored: a resumed run keeps its settings")
     vars(args).update(settings)
     print(f"{path}: resumes after epoch {len(last['history'])}, with the run's settings")
     return last
 
 
-def check_classes(last, dataset):
+def reserve_folder(args):
+    """Lock the folder of a new or resumed run. Returns the lock, which must be kept."""
+    rank, _ = data.process_rank()
+    if rank > 0:
+        return None
+    lock = cli.reserve(args.out)
+    if args.overwrite:  # else --resume would continue the old run, if this one ends early
+        (args.out / "last.pt").unlink(missing_ok=True)
+    return lock
+
+
+def check_data(last, dataset):
+    """Compare the data of a resumed run with those of its earlier epochs. Raises DataError."""
     if last["classes"] != dataset.classes:
         raise data.DataError("--resume: the classes of the data have changed; use --overwrite")
+    before = last.get("data", {})
+    for split, (_, labels) in dataset.splits.items():
+        if before.get(split, len(labels)) != len(labels):
+            problem = f"{split} had {before[split]} images, and has {len(labels)} now"
+            raise data.DataError(f"--resume: {problem}; restore them, or use --overwrite")
 
 
 def restore(args, last, model, optimizer, scheduler):
@@ -508,13 +537,15 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
         return
     write_table(args.out / "log.csv", history)
     contents = (model, dataset.classes, dataset.preprocessing, history)
+    about = {"data": {"name": args.data, **data.describe_training(dataset)}}
     if chosen:
-        save_checkpoint(args.out / "best.pt", *contents)
+        save_checkpoint(args.out / "best.pt", *contents, **about)
     # last.pt is written last: if the process ends before, --resume repeats the epoch.
     settings = {k: value for k, value in vars(args).items() if k not in OPTIONS_OF_A_CALL}
     save_checkpoint(
         args.out / "last.pt",
         *contents,
+        **about,
         epoch=len(history),
         optimizer=optimizer.state_dict(),
         scheduler=scheduler.state_dict(),
@@ -525,8 +556,8 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
 def is_best(history, images):
     """Check whether the latest epoch is within one standard error of the best accuracy.
 
-    images: number of validation images. The later of two similar epochs wins, because its learning
-    rate is usually lower.
+    images: number of validation images. The later of two similar epochs wins, because its
+    learning rate is usually lower.
     """
     best = max(row["val_top1"] for row in history)
     standard_error = math.sqrt(best * (1 - best) / images)
@@ -541,7 +572,8 @@ def finish(args, dataset, history):
     plot_history(history, args.out / "curves.png")
     if history[-1]["val_loss"] > math.log(len(dataset.classes)):
         print("warning: guessing has a lower loss; use more epochs or a lower --learning-rate")
-    print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
+    files = [name for name in sorted(os.listdir(args.out)) if not name.startswith(".")]
+    print(f"{args.out} has {', '.join(files)}")
     best = args.out / "best.pt"
     cli.print_next(
         "evaluate.py", checkpoint=best, data=args.data, out=f"{args.out}-evaluation"
