@@ -1,7 +1,7 @@
 """The command line: options that every script has, the device, and errors in one line.
 
-You can skip this file: it has no lesson. Each script builds its options on `make_parser`,
-reads them with `parse`, and starts with `run(main)`.
+You can skip this file: it has no lesson. Each script builds its options on `make_parser`, reads
+them with `parse`, and starts with `run(main)`.
 """
 
 import argparse
@@ -16,21 +16,13 @@ from pathlib import Path
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 if "MPLBACKEND" in os.environ and "ipykernel" not in sys.modules:
-    # The setting is a notebook's, and its backend may be missing in this environment. Pictures
-    # are only written to files.
-    os.environ["MPLBACKEND"] = "agg"
+    # It is a notebook's setting, and names a backend that this environment may lack.
+    os.environ["MPLBACKEND"] = "agg"  # pictures are only written to files
 
 # Options of mallopt, by their numbers in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
-
-
 ADVICE = {  # part of an error of PyTorch: problem and fix
     "allocate memory": "not enough memory: lower --batch-size or --image-size",
     "DataLoader worker": "a worker ended: use --workers 0, or more shared memory (/dev/shm)",
@@ -51,7 +43,7 @@ class HelpFormatter(
     """Show the default of an option, unless its help text describes it."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False):
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
@@ -80,86 +72,33 @@ def make_parser(description, data, out, batch_size=None):
     """Make a parser with the options that every script has, and these defaults."""
     parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--data",
-        default=data,
-        help="glyphs, digits, mnist, fashion-mnist, cifar10, flowers, or a folder of images",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path("datasets"),
-        help="folder for downloaded datasets",
-    )
+    names = "glyphs, digits, mnist, fashion-mnist, cifar10, flowers"
+    add("--data", default=data, help=f"{names}, or a folder of images")
+    add("--data-dir", type=Path, default=Path("datasets"), help="folder for downloads")
     add("--out", type=Path, default=Path(out), help="folder for the results")
-    add(
-        "--image-size",
-        type=in_range(int, 8, 1024),
-        help="image side in pixels (default: the checkpoint's, or the dataset's)",
-    )
-    add(
-        "--batch-size",
-        type=in_range(int, 2, 65536),
-        default=batch_size,
-        help="images per step, all processes together"
-        + ("" if batch_size else " (default: the recipe's)"),
-    )
-    add(
-        "--workers",
-        type=in_range(int, 0, 64),
-        # On a CPU, workers would compete with the network.
-        default=4 if torch.cuda.is_available() else 0,
-        help="processes that decode photos",
-    )
+    text = "image side in pixels (default: the checkpoint's, or the dataset's)"
+    add("--image-size", type=in_range(int, 8, 1024), help=text)
+    text = "images per step, all processes together"
+    if batch_size is None:
+        text += " (default: the recipe's)"
+    add("--batch-size", type=in_range(int, 2, 65536), default=batch_size, help=text)
+    # On a CPU, workers would compete with the network.
+    workers = 4 if torch.cuda.is_available() else 0
+    text = "processes that decode photos"
+    add("--workers", type=in_range(int, 0, 64), default=workers, help=text)
     add("--seed", type=in_range(int, 0, 10**6), default=0, help="seed of all random choices")
     return parser
-
-
-def add_device(parser):
-    """Add --device. export.py has no such option, because its files are for the CPU."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-
-
-def add_checkpoint(parser, default):
-    parser.add_argument(
-        "--checkpoint",
-        default=default,
-        help="checkpoint, file with torchvision's weights, or imagenet",
-    )
 
 
 def parse(parser):
     """Parse the command line. Raises UserError for a missing device."""
     args = parser.parse_args()
-    if Path(os.path.realpath(args.out)).is_relative_to(os.path.realpath(args.data)):
+    data = os.path.realpath(args.data)
+    if os.path.isdir(data) and Path(os.path.realpath(args.out)).is_relative_to(data):
         parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
     if "device" in args:
         args.device = choose_device(args.device)
     return args
-
-
-def print_next(script, **options):
-    """Print a command that can be pasted into a terminal."""
-    words = ["python", script]
-    for name, value in options.items():
-        words += [f"--{name}", str(value)]
-    print(f"next: {shlex.join(words)}")
-
-
-def reserve(folder):
-    """Create the folder of a run, and lock it until this process ends. Returns the lock.
-
-    Raises UserError if another run writes there, and OSError if the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115  open until the process ends
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fix = "wait for its end, or use another --out"
-            raise UserError(f"--out {folder}: another run writes there; {fix}") from error
-    return lock
 
 
 def choose_device(name):
@@ -174,6 +113,14 @@ def choose_device(name):
         fix = "use auto or cpu"
         raise UserError(f"--device {name}: not available on this machine; {fix}") from error
     return name
+
+
+def print_next(script, **options):
+    """Print a command that can be pasted into a terminal."""
+    words = ["python", script]
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    print(f"next: {shlex.join(words)}")
 
 
 def keep_freed_memory():

@@ -1084,7 +1084,7 @@ def describe(dataset):
 
 def main():
     parser = cli.make_parser(__doc__, data="glyphs", out="runs/data", batch_size=256)
-    cli.add_device(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     args = cli.parse(parser)
     dataset = load_for(args)
     for split in dataset.splits:

@@ -143,6 +143,7 @@ def columns(name):
 
 # ------------------------------------------------------------------------------------ pictures
 GREEN, RED = "#1a7f37", "#cf222e"
+CHECKPOINT_HELP = "checkpoint, file with torchvision's weights, or imagenet"
 UNKNOWN = -1  # the label of an image that has none
 EXPLANATION = "bright: evidence for the predicted class"
 SCORE_TITLES = {"top1": "accuracy (top 1)", "top5": "accuracy (top 5)"}
@@ -444,8 +445,8 @@ def classify(args):
 
 def main():
     parser = cli.make_parser(__doc__, data="digits", out="runs/evaluate", batch_size=256)
-    cli.add_device(parser)
-    cli.add_checkpoint(parser, "runs/finetune/best.pt")
+    parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help=CHECKPOINT_HELP)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
         "--images",
         type=Path,

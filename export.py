@@ -37,7 +37,7 @@ from torch import nn
 
 import cli
 import data
-from evaluate import class_names, load_test, predict
+from evaluate import CHECKPOINT_HELP, class_names, load_test, predict
 from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
 TOLERANCE = 1e-4  # largest difference of a float format's outputs, relative to their range
@@ -192,8 +192,10 @@ def quiet_exporters():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit")  # its deprecation; see above
         warnings.filterwarnings("ignore", "No complete tensor found")  # channels last
-        yield
-    root.removeFilter(is_useful)
+        try:
+            yield
+        finally:
+            root.removeFilter(is_useful)
 
 
 # -------------------------------------------------------------------------------- verification
@@ -333,7 +335,7 @@ def load_network(args):
 
 def main():
     parser = cli.make_parser(__doc__, data="digits", out="runs/export", batch_size=64)
-    cli.add_checkpoint(parser, "runs/finetune/best.pt")
+    parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help=CHECKPOINT_HELP)
     parser.add_argument(
         "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats to write"
     )

@@ -21,6 +21,7 @@ from torch import nn
 import cli
 import data
 import train
+from evaluate import CHECKPOINT_HELP
 from mobilenetv2 import CheckpointError, load_checkpoint, replace_classifier
 
 # Settings by the kind of data. The command line overrides them.
@@ -212,8 +213,7 @@ def make_optimizer(classifier, layers, args):
 
 def make_parser():
     parser = cli.make_parser(__doc__, data="digits", out="runs/finetune", batch_size=64)
-    cli.add_device(parser)
-    cli.add_checkpoint(parser, "runs/train/best.pt")
+    parser.add_argument("--checkpoint", default="runs/train/best.pt", help=CHECKPOINT_HELP)
     parser.add_argument(
         "--output-stride",
         type=int,

@@ -30,6 +30,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import cli
 import data
 from evaluate import plot_history, predict, score, write_table
@@ -161,7 +166,6 @@ def count_epochs(history, stage):
 
 def main():
     parser = cli.make_parser(__doc__, data="glyphs", out="runs/train")
-    cli.add_device(parser)
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -409,6 +413,7 @@ def set_epoch_seed(seed, epoch):
 def add_training_options(parser):
     """Add the options that train.py and finetune.py share."""
     add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add(
         "--epochs",
         type=cli.in_range(int, 0, 10**5),
@@ -491,11 +496,23 @@ def read_last(parser, args):
 
 
 def reserve_folder(args):
-    """Lock the folder of a new or resumed run. Returns the lock, which must be kept."""
+    """Create the folder of a run, and lock it until this process ends. Returns the lock.
+
+    Raises UserError if another run writes there, and OSError if the folder cannot be written.
+    """
     rank, _ = data.process_rank()
     if rank > 0:
         return None
-    lock = cli.reserve(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = open(args.out / ".lock", "w")  # noqa: SIM115  open until the process ends
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for its end, or use another --out"
+            raise cli.UserError(
+                f"--out {args.out}: another run writes there; {fix}"
+            ) from error
     if args.overwrite:  # else --resume would continue the old run, if this one ends early
         (args.out / "last.pt").unlink(missing_ok=True)
     return lock

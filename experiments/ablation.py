@@ -147,6 +147,8 @@ def plot(curves, table, args):
     axes = figure.subplots()
     for index, row in enumerate(table):
         name = row["variant"]
+        accuracy = float(row["test accuracy"])
+        std = float(row["std"])
         percent = 100 * torch.tensor(curves[name])  # (seeds, epochs)
         places = torch.arange(args.epochs) + 0.94 + 0.04 * index  # side by side
         axes.errorbar(
@@ -156,7 +158,7 @@ def plot(curves, table, args):
             fmt=".-",
             color=VARIANTS[name]["colour"],
             capsize=3,
-            label="{variant}: test {test accuracy} ± {std}%".format(**row),
+            label=f"{name}: test {accuracy:.1f} ± {std:.1f}%",
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
     title = f"{args.data}, width {args.width:g}: mean and std over {args.seeds} seeds"

@@ -37,6 +37,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli  # noqa: E402
 import data  # noqa: E402
 import export  # noqa: E402
 import finetune  # noqa: E402
@@ -58,9 +59,9 @@ def count_images(batches):
 
 def images_per_second(epoch):
     """Time one call of `epoch`, which returns its number of images."""
-    start = time.perf_counter()
+    begun = time.perf_counter()
     count = epoch()
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - begun)
 
 
 def compare(title, ways):
@@ -100,22 +101,29 @@ def write_mnist(folder, train, test):
 
 def fashion_mnist(folder, preprocessing, augmented):
     """Return torchvision's dataset with the transforms of the tutorials."""
-    random = [transforms.RandomCrop(32, padding=2), transforms.RandomHorizontalFlip()]
-    random = random if augmented else []
-    to_tensor = [transforms.Grayscale(3), transforms.ToTensor()]
-    normalise = transforms.Normalize(preprocessing["mean"], preprocessing["std"])
-    steps = [transforms.Resize(32), *random, *to_tensor, normalise]
+    steps = [transforms.Resize(32)]
+    if augmented:
+        steps += [transforms.RandomCrop(32, padding=2), transforms.RandomHorizontalFlip()]
+    steps += [
+        transforms.Grayscale(3),
+        transforms.ToTensor(),
+        transforms.Normalize(preprocessing["mean"], preprocessing["std"]),
+    ]
     return datasets.FashionMNIST(folder, transform=transforms.Compose(steps))
 
 
 def fashion_mnist_ways(folder, data_dir, batch_size):
     """Return the same images as torchvision's dataset (plain, augmented), and as ours."""
-    _, splits = data.load_published("fashion-mnist", data_dir, 28)
-    parts = [torch.cat(arrays) for arrays in zip(splits["train"], splits["val"])], splits["test"]
-    parts = [(images[:, 0], labels) for images, labels in parts]
-    write_mnist(Path(folder, "FashionMNIST", "raw"), *parts)  # torchvision reads unpacked files
+    _, splits = data.DATASETS["fashion-mnist"]["load"](28, data_dir)
+    images = torch.cat([splits["train"][0], splits["val"][0]])
+    labels = torch.cat([splits["train"][1], splits["val"][1]])
+    test_images, test_labels = splits["test"]
+    # torchvision reads unpacked files.
+    raw = Path(folder, "FashionMNIST", "raw")
+    write_mnist(raw, (images[:, 0], labels), (test_images[:, 0], test_labels))
     ours = data.load_data("fashion-mnist", batch_size=batch_size, data_dir=data_dir)
-    plain, augmented = (fashion_mnist(folder, ours.preprocessing, random) for random in (0, 1))
+    plain = fashion_mnist(folder, ours.preprocessing, augmented=False)
+    augmented = fashion_mnist(folder, ours.preprocessing, augmented=True)
     return plain, Subset(augmented, range(len(ours.splits["train"][1]))), ours
 
 
@@ -153,11 +161,31 @@ def make_photos(folder, count, size):
         v2.functional.to_pil_image(picture).save(path, quality=90)
 
 
+def photo_transform(preprocessing, augmented):
+    """Return the steps of our `PhotoDataset` as transforms of torchvision, in the usual way."""
+    size = preprocessing["image_size"]
+    steps = [partial(data.fit_photo, preprocessing=preprocessing)]
+    if augmented:  # as in data.augment_photo
+        steps = [
+            v2.RandomRotation(10),
+            v2.RandomResizedCrop(size, scale=(0.35, 1)),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+        ]
+    steps += [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(preprocessing["mean"], preprocessing["std"]),
+    ]
+    return v2.Compose(steps)
+
+
 def usual_images(folder, dataset, split, augmented):
     """Return torchvision's ImageFolder with the transforms and the files of a split of ours."""
-    ours = data.PhotoDataset(*dataset.splits[split], dataset.preprocessing, augmented)
-    usual = datasets.ImageFolder(Path(folder), transform=ours.transform)
-    chosen = {str(path) for path in ours.paths}
+    transform = photo_transform(dataset.preprocessing, augmented)
+    usual = datasets.ImageFolder(Path(folder), transform=transform)
+    paths, _ = dataset.splits[split]
+    chosen = {str(path) for path in paths}
     kept = [index for index, (path, _) in enumerate(usual.samples) if path in chosen]
     return Subset(usual, kept)
 
@@ -166,7 +194,8 @@ def photo_ways(folder, size, batch_size, repeats=1):
     """Return the same augmented files as torchvision's ImageFolder, and as a dataset of ours."""
     dataset = data.load_data(str(folder), {"image_size": size}, batch_size=batch_size)
     dataset.repeats = repeats
-    return ConcatDataset([usual_images(folder, dataset, "train", True)] * repeats), dataset
+    usual = usual_images(folder, dataset, "train", augmented=True)
+    return ConcatDataset([usual] * repeats), dataset
 
 
 def compare_photos(title, folder, repeats, batch_size):
@@ -203,7 +232,7 @@ def megabytes(kind):
     return int(re.search(rf"{kind}:\s+(\d+)", status)[1]) * 1024 / 1e6
 
 libraries = megabytes("VmRSS")
-dataset = data.load_data("mnist", data_dir=data.Path(sys.argv[1]))
+dataset = data.load_data("mnist", data_dir=sys.argv[1])
 loaded = megabytes("VmHWM") - libraries
 for images, labels in dataset.batches("train", augmented=True):
     pass
@@ -216,10 +245,10 @@ print(f"{images} training images of 28 × 28: {loaded:.0f} MB to load, {epoch:.0
 def memory(_):
     """Measure peak memory above that of the libraries, in a new process (Linux only)."""
     with tempfile.TemporaryDirectory() as folder:
-        parts = [
-            (torch.randint(0, 10, (count, 28, 28)), torch.randint(0, 10, (count,)))
-            for count in (60_000, 10_000)
-        ]
+        parts = []
+        for count in (60_000, 10_000):
+            images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+            parts.append((images, torch.randint(0, 10, (count,))))
         write_mnist(Path(folder), *parts)
         root = Path(data.__file__).parent
         subprocess.run([sys.executable, "-c", MEASURE_MEMORY, folder], check=True, cwd=root)
@@ -230,7 +259,8 @@ def usual_training(loader, classes):
     torch.manual_seed(0)
     network = mobilenet_v2(num_classes=classes)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    loss_sum, count = 0.0, 0
+    loss_sum = 0.0
+    count = 0
     for images, labels in loader:
         optimizer.zero_grad()
         loss = functional.cross_entropy(network(images), labels)
@@ -245,7 +275,7 @@ def our_network(classes):
     torch.manual_seed(0)
     network = MobileNetV2(classes).to(memory_format=data.MEMORY_FORMAT)
     groups = train.parameter_groups(network.parameters(), 0.01, 0)
-    return network.train(), torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    return network.train(), train.make_optimizer("sgd", groups)
 
 
 def our_training(batches, batch_size, classes):
@@ -264,7 +294,9 @@ def shares_of_a_step(batches, classes):
 
     def note(part):
         nonlocal now
-        spent[part], now = spent[part] + time.perf_counter() - now, time.perf_counter()
+        before = now
+        now = time.perf_counter()
+        spent[part] += now - before
 
     for images, labels in batches:
         note("data")
@@ -288,7 +320,8 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seconds, self.bytes = Counter(), Counter()
+        self.seconds = Counter()
+        self.bytes = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         begun = time.perf_counter()
@@ -319,15 +352,16 @@ def traffic_of_a_step(batches, classes):
             functional.cross_entropy(network(images), labels).backward()
             optimizer.step()
     source, target = torch.ones(2, 64 * 2**20)  # 256 MB each
-    rate = 2 * source.nbytes / min(timeit.repeat(lambda: target.copy_(source), number=1)) / 1e9
+    seconds = min(timeit.repeat(lambda: target.copy_(source), number=1))
+    rate = 2 * source.nbytes / seconds / 1e9
     whole = sum(recorder.seconds.values())
-    print(
-        f"  a step moves {sum(recorder.bytes.values()) / 1e9:.2f} GB; a copy moves {rate:.1f} GB/s"
-    )
+    moved = sum(recorder.bytes.values()) / 1e9
+    print(f"  a step moves {moved:.2f} GB; a copy moves {rate:.1f} GB/s")
     for kind in (*KINDS, "other"):
-        moved, seconds = recorder.bytes[kind] / 1e9, recorder.seconds[kind]
-        share = seconds / whole
-        print(f"    {kind:12} {share:4.0%} of the time, {moved:.2f} GB, {moved / seconds:.1f} GB/s")
+        moved = recorder.bytes[kind] / 1e9
+        seconds = recorder.seconds[kind]
+        share = f"{seconds / whole:4.0%} of the time"
+        print(f"    {kind:12} {share}, {moved:.2f} GB, {moved / seconds:.1f} GB/s")
 
 
 def training(args):
@@ -335,7 +369,8 @@ def training(args):
     some = 64 * 20
     with tempfile.TemporaryDirectory() as folder:
         _, usual, dataset = fashion_mnist_ways(folder, args.data_dir, 64)
-        usual, ways = Subset(usual, range(some)), {}
+        usual = Subset(usual, range(some))
+        ways = {}
         for workers in (0, 2):
             loader = DataLoader(usual, batch_size=64, shuffle=True, num_workers=workers)
             name = f"torchvision, usual loop, {workers} workers"
@@ -354,8 +389,9 @@ def training(args):
             loader = DataLoader(usual, batch_size=16, shuffle=True, num_workers=workers)
             name = f"torchvision, usual loop, {workers} workers"
             ways[name] = partial(usual_training, loader, 2)
-            batches, name = dataset.batches("train", augmented=True), "data.py and train.py"
-            ways[f"{name}, {workers} workers"] = partial(our_training, batches, 16, 2)
+            batches = dataset.batches("train", augmented=True)
+            name = f"data.py and train.py, {workers} workers"
+            ways[name] = partial(our_training, batches, 16, 2)
         compare("training at 224 pixels, batches of 16", ways)
         dataset.workers = 0
         batches = dataset.batches("train", augmented=True)
@@ -363,32 +399,33 @@ def training(args):
         traffic_of_a_step(batches, 2)
 
 
-def usual_stage(network, groups, loaders, epochs):
-    """Train the parameters in `groups` in the loop of the tutorials. Returns the best accuracy.
+def usual_stage(network, optimizer, train_loader, val_loader, epochs):
+    """Train the parameters of `optimizer` in the loop of the tutorials. Returns the best accuracy.
 
     Each epoch decodes and augments all images and sends them through the whole network. Frozen
     parameters get no gradient.
     """
-    optimizer, best = torch.optim.AdamW(groups), 0.0
-    scheduler = train.LambdaLR(optimizer, partial(train.cosine, steps=epochs * len(loaders[0])))
+    scheduler = train.make_scheduler("cosine", optimizer, len(train_loader), epochs)
     network.requires_grad_(False)
-    for group in groups:
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
+    best = 0.0
     for _ in range(epochs):
         network.eval()  # BatchNorm keeps its running statistics, as in finetune.py
         network.classifier.train()
-        for images, labels in loaders[0]:
+        for images, labels in train_loader:
             optimizer.zero_grad()
             logits = network(images)
             functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
             optimizer.step()
             scheduler.step()
         network.eval()
+        correct = 0
         with torch.no_grad():
-            batches = ((network(images).argmax(dim=1), labels) for images, labels in loaders[1])
-            correct = sum((found == labels).sum().item() for found, labels in batches)
-        best = max(best, correct / len(loaders[1].dataset))
+            for images, labels in val_loader:
+                correct += (network(images).argmax(dim=1) == labels).sum().item()
+        best = max(best, correct / len(val_loader.dataset))
     return best
 
 
@@ -397,35 +434,49 @@ def usual_finetuning(args):
 
     Returns [(seconds since the start, best accuracy)] after each stage.
     """
-    begun, dataset, results = time.perf_counter(), data.load_for(args), []
-    loaders, best = [], 0.0
+    begun = time.perf_counter()
+    dataset = data.load_for(args)
+    loaders = []
     for split, augmented in (("train", True), ("val", False)):
         images = usual_images(args.data, dataset, split, augmented)
         loaders.append(DataLoader(images, batch_size=args.batch_size, shuffle=augmented))
+    model, _ = load_checkpoint(args.checkpoint)
     network = mobilenet_v2()
-    network.load_state_dict(to_torchvision(load_checkpoint(args.checkpoint)[0].state_dict()))
+    network.load_state_dict(to_torchvision(model.state_dict()))
     network.classifier[1] = torch.nn.Linear(1280, len(dataset.classes))
     last = network.features[18 - args.unfreeze :]
+    best = 0.0
+    results = []
     for layers, epochs in (((), args.classifier_epochs), (last, args.epochs)):
-        groups = finetune.layer_groups(layers, network.classifier, args)
-        best = max(best, usual_stage(network, groups, loaders, epochs))
+        optimizer = finetune.make_optimizer(network.classifier, layers, args)
+        best = max(best, usual_stage(network, optimizer, *loaders, epochs))
         results.append((time.perf_counter() - begun, best))
     return results
 
 
 def our_finetuning(args, epochs):
     """Run finetune.py with some epochs of stage blocks. Returns (seconds, best accuracy)."""
-    options = {"--data": args.data, "--checkpoint": args.checkpoint, "--seed": args.seed}
-    options |= {"--image-size": args.image_size, "--classifier-epochs": args.classifier_epochs}
-    options |= {"--epochs": epochs, "--device": "cpu"}
+    options = {
+        "--data": args.data,
+        "--checkpoint": args.checkpoint,
+        "--seed": args.seed,
+        "--image-size": args.image_size,
+        "--classifier-epochs": args.classifier_epochs,
+        "--epochs": epochs,
+        "--device": "cpu",
+    }
     with tempfile.TemporaryDirectory() as folder:
-        options |= {"--out": folder}
-        words = ["finetune.py", *(word for option in options.items() for word in option)]
-        with patch.object(sys, "argv", list(map(str, words))), redirect_stdout(io.StringIO()):
-            with patch.object(train, "plot_history"):  # the usual way draws no curves
-                begun = time.perf_counter()
-                finetune.main()
-                seconds = time.perf_counter() - begun
+        words = ["finetune.py", "--out", folder]
+        for name, value in options.items():
+            words += [name, str(value)]
+        with (
+            patch.object(sys, "argv", words),
+            patch.object(train, "plot_history"),  # the usual way draws no curves
+            redirect_stdout(io.StringIO()),
+        ):
+            begun = time.perf_counter()
+            finetune.main()
+            seconds = time.perf_counter() - begun
         _, best = load_checkpoint(Path(folder, "best.pt"))
     return seconds, best["history"][-1]["val_top1"]
 
@@ -437,9 +488,17 @@ def finetuning(args):
             make_photos(folder, 400, (256, 320))  # fewer would be repeated in an epoch of ours
         random = Path(folder, "random.pth")  # the weights do not change the time
         torch.save(mobilenet_v2().state_dict(), random)
-        options = {"data": str(args.photos or folder), "checkpoint": args.checkpoint or random}
-        options |= {"image_size": 160, "classifier_epochs": 5, "epochs": 5}
-        settings = argparse.Namespace(**finetune.DEFAULTS | finetune.PHOTOS | options)
+        settings = argparse.Namespace(
+            data=str(args.photos or folder),
+            data_dir=args.data_dir,
+            checkpoint=args.checkpoint or random,
+            image_size=160,
+            batch_size=64,
+            workers=0,
+            classifier_epochs=5,
+            epochs=5,
+        )
+        train.use_defaults(settings, finetune.DEFAULTS["photos"])
         results = {"usual loop": [], "finetune.py": []}
         for seed in range(ROUNDS):
             settings.seed = seed
@@ -463,16 +522,23 @@ def finetuning(args):
 
 def shipping(args):
     """Compare the exported files with the networks in eager mode, on one image of 224 pixels."""
-    theirs, image = mobilenet_v2().eval(), torch.randn(1, 3, 224, 224)
-    ours = load_checkpoint(args.checkpoint)[0] if args.checkpoint else MobileNetV2().eval()
+    ours = MobileNetV2().eval()
+    if args.checkpoint:
+        ours, _ = load_checkpoint(args.checkpoint)
     folded = export.fold_batch_norm(ours).to(memory_format=torch.channels_last)
-    ways = {"torchvision, eager": theirs, "mobilenetv2.py, eager": ours}
-    ways["folded, channels last"] = folded
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (file, write, read) in export.FORMATS.items():
-            path, calibration = Path(folder, file), [torch.randn(8, 3, 224, 224) for _ in range(4)]
-            write(folded, torch.randn(2, 3, 224, 224), path, {}, calibration)
-            ways[f"{name}, {path.stat().st_size / 1e6:.2f} MB"] = read(path)
+    ways = {
+        "torchvision, eager": mobilenet_v2().eval(),
+        "mobilenetv2.py, eager": ours,
+        "folded, channels last": folded,
+    }
+    image = torch.randn(1, 3, 224, 224)
+    example = torch.randn(2, 3, 224, 224)
+    calibration = [torch.randn(8, 3, 224, 224) for _ in range(4)]
+    with tempfile.TemporaryDirectory() as folder, export.quiet_exporters():
+        for name, entry in export.FORMATS.items():
+            path = Path(folder, entry["file"])
+            entry["export"](folded, example, path, {}, calibration)
+            ways[f"{name}, {path.stat().st_size / 1e6:.2f} MB"] = entry["load"](path)
     times = {name: [] for name in ways}
     with torch.inference_mode():
         for _ in range(10):
@@ -488,25 +554,41 @@ def shipping(args):
         print(f"  {name:28} {text}   {ratio:.2f} times as fast")
 
 
+QUESTIONS = {
+    "small": small,
+    "photos": photos,
+    "memory": memory,
+    "training": training,
+    "finetuning": finetuning,
+    "shipping": shipping,
+}
+
+
 def main():
-    questions = {"small": small, "photos": photos, "memory": memory, "training": training}
-    questions |= {"finetuning": finetuning, "shipping": shipping}
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    text = f"measurements: {', '.join(questions)} (default: all)"
-    parser.add_argument("questions", nargs="*", help=text)
-    text = "folder with Fashion-MNIST (default: datasets)"
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help=text)
-    text = "class folders of photos, for photos and finetuning (default: generated images)"
-    parser.add_argument("--photos", type=Path, help=text)
-    text = "weights for finetuning and shipping (default: random, with the same speed)"
-    parser.add_argument("--checkpoint", help=text)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument
+    add(
+        "questions",
+        nargs="*",
+        help=f"measurements: {', '.join(QUESTIONS)} (default: all)",
+    )
+    add("--data-dir", type=Path, default=Path("datasets"), help="folder with Fashion-MNIST")
+    add(
+        "--photos",
+        type=Path,
+        help="class folders of photos, for photos and finetuning (default: generated images)",
+    )
+    add(
+        "--checkpoint",
+        help="weights for finetuning and shipping (default: random, with the same speed)",
+    )
     args = parser.parse_args()
-    if unknown := set(args.questions) - set(questions):
-        parser.error(f"unknown: {', '.join(unknown)}; use {', '.join(questions)}")
-    for name in args.questions or questions:
-        questions[name](args)
+    unknown = set(args.questions) - set(QUESTIONS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; use {', '.join(QUESTIONS)}")
+    for name in args.questions or QUESTIONS:
+        QUESTIONS[name](args)
 
 
 if __name__ == "__main__":
-    data.run(main, CheckpointError)
+    cli.run(main, CheckpointError)

@@ -142,7 +142,12 @@ def main():
     add("--letter-epochs", type=epochs, default=2, help="epochs on the letters")
     add("--classifier-epochs", type=epochs, default=5, help="epochs of stage classifier")
     add("--epochs", type=epochs, default=2, help="epochs of stage blocks")
-    add("--seed", type=cli.in_range(int, 0, 10**6), default=0, help="seed of all random choices")
+    add(
+        "--seed",
+        type=cli.in_range(int, 0, 10**6),
+        default=0,
+        help="seed of all random choices",
+    )
     args = parser.parse_args()
 
     line = "{:<12} {:>9} {:>12} {:>14} {:>8}".format

@@ -27,7 +27,8 @@ few_labels, resnet18, ablation, benchmark, hero, samples = (
 
 
 def test_few_labels_runs_four_ways_with_valid_options(trained, tmp_path, call, monkeypatch):
-    scripts, accuracies = [], iter(range(100))
+    scripts = []
+    accuracies = iter(range(100))
 
     def measure(command, args, budget, seed):
         scripts.append((command[0], budget, seed))
@@ -47,11 +48,17 @@ def test_few_labels_runs_four_ways_with_valid_options(trained, tmp_path, call, m
         rows = list(csv.DictReader(file))
     ways = ["from scratch", "classifier only", "last 11 blocks", "whole network"]
     assert [row["way"] for row in rows[::3]] == ways
-    numbers = {"labels per class": "50", "accuracy": "2.50", "std": "0.71", "seconds": "1"}
-    assert rows[1] == {"way": "from scratch"} | numbers
+    assert rows[1] == {
+        "way": "from scratch",
+        "labels per class": "50",
+        "accuracy": "2.50",
+        "std": "0.71",
+        "seconds": "1",
+    }
     assert (tmp_path / "few_labels.png").exists()
     results, budgets = hero.read_results(tmp_path / "few_labels.csv")
-    assert budgets == [10, 50, None] and list(results) == list(itertools.product(ways, budgets))
+    assert budgets == [10, 50, None]
+    assert list(results) == list(itertools.product(ways, budgets))
     assert results["from scratch", 50] == (2.5, 0.71)
     options = ("--csv", tmp_path / "few_labels.csv", "--out", tmp_path / "hero.png")
     assert call(hero, *options)[0] == 0 and (tmp_path / "hero.png").exists()
@@ -77,7 +84,8 @@ def test_samples_are_drawn_for_digits_only(trained, tmp_path, call, few_digits, 
     monkeypatch.setattr(samples, "ROWS", 1)
     options = ("--checkpoint", trained / "best.pt", "--out", tmp_path / "digits.png")
     assert call(samples, *options)[0] == 0 and (tmp_path / "digits.png").exists()
-    save_checkpoint(tmp_path / "cats.pt", MobileNetV2(2, 0.35), ["cat", "dog"], data.SMALL)
+    network = MobileNetV2(2, 0.35)
+    save_checkpoint(tmp_path / "cats.pt", network, ["cat", "dog"], data.SMALL_IMAGE)
     code, _, error = call(samples, "--checkpoint", tmp_path / "cats.pt", "--out", tmp_path)
     assert code == 2 and error.endswith("has other classes: use a network for digits\n")
 
@@ -86,7 +94,8 @@ def test_few_labels_measures_the_best_epoch_of_a_command(trained, tmp_path, monk
     spent = []
 
     def run(command, stdout):
-        begun, (interpreter, script, *options) = time.perf_counter(), command
+        begun = time.perf_counter()
+        interpreter, script, *options = command
         assert interpreter == sys.executable
         code, _, error = Python(script, *options, output=tmp_path / "output").wait()
         assert error == ""
@@ -109,8 +118,12 @@ def test_few_labels_reports_a_failed_run_in_one_line(trained, tmp_path, call, mo
     assert code == 2 and error == "few_labels.py: train.py failed: see the message above\n"
     code, _, error = call(few_labels, *options, "--checkpoint", tmp_path / "nothing.pt")
     assert code == 2 and error.startswith("few_labels.py: cannot load")
-    code, _, error = call(few_labels, "--seeds", 1)
-    assert code == 2 and error.endswith("use --epochs 1 or more, and --seeds 2 or more\n")
+    for option in (("--seeds", 1), ("--epochs", 0)):
+        code, _, error = call(few_labels, *option)
+        assert code == 2 and error.startswith(
+            f"few_labels.py: argument {option[0]}: {option[1]}:"
+        )
+        assert "use a value from" in error and error.count("\n") == 1
 
 
 def test_resnet18_runs_the_same_two_stages(tmp_path, call, monkeypatch):
@@ -120,10 +133,12 @@ def test_resnet18_runs_the_same_two_stages(tmp_path, call, monkeypatch):
     options = ("--data", tmp_path, "--image-size", 8, "--classifier-epochs", 1, "--epochs", 1)
     code, out, _ = call(resnet18, *options)
     header, ours, theirs = (line.split() for line in out.splitlines()[-3:])
-    assert code == 0 and header == ["network", "accuracy", "parameters", "multiply-adds", "time"]
-    assert (ours[0], ours[2], theirs[0], theirs[2]) == (
-        "MobileNetV2", "2,226,434", "ResNet18", "11,177,538",
-    )  # fmt: skip
+    columns = "network accuracy parameters multiply-adds time"
+    assert code == 0 and header == columns.split()
+    assert (ours[0], ours[2]) == ("MobileNetV2", "2,226,434")
+    assert (theirs[0], theirs[2]) == ("ResNet18", "11,177,538")
+    assert out.count("classifier 1  validation accuracy") == 2
+    assert out.count("blocks 2  validation accuracy") == 2
 
 
 def count_shortcuts(model, images):
@@ -135,12 +150,13 @@ def count_shortcuts(model, images):
 
 
 def test_ablation_changes_the_blocks_but_no_weights():
-    images, blocks = torch.randn(2, 3, 32, 32), {}
-    for name, (change, _) in ablation.VARIANTS.items():
+    images = torch.randn(2, 3, 32, 32)
+    blocks = {}
+    for name, variant in ablation.VARIANTS.items():
         torch.manual_seed(0)
         model = MobileNetV2(5, 0.5, output_stride=16).eval()
         weights = list(model.state_dict())
-        change(model)
+        variant["change"](model)
         assert list(model.state_dict()) == weights
         negative = (model.blocks(model.stem(images)) < 0).any().item()
         blocks[name] = count_shortcuts(model, images), negative
@@ -162,7 +178,8 @@ def test_wide_shortcuts_add_the_last_expansion():
 
 
 def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch, few_digits):
-    monkeypatch.setattr(ablation, "VARIANTS", dict(list(ablation.VARIANTS.items())[2:3]))
+    one = {"wide shortcuts": ablation.VARIANTS["wide shortcuts"]}
+    monkeypatch.setattr(ablation, "VARIANTS", one)
     options = ("--data", "digits", "--epochs", 1, "--seeds", 2, "--width", 0.35)
     code, out, _ = call(ablation, *options, "--out", tmp_path)
     assert code == 0 and out.endswith(f"wrote ablation.csv and ablation.png to {tmp_path}\n")
@@ -176,22 +193,30 @@ def test_ablation_writes_a_table_and_a_picture(tmp_path, call, monkeypatch, few_
 def test_ablation_trains_as_train_py_does(tmp_path, call, monkeypatch, few_digits):
     options = ("--data", "digits", "--epochs", 2, "--width", 0.35, "--out", tmp_path)
     assert call(train, *options, "--seed", 1)[0] == 0
-    scores, validate = [], train.validate
-    monkeypatch.setattr(
-        train, "validate", lambda *args: scores.append(validate(*args)) or scores[-1]
-    )
+    scores = []
+    validate = train.validate
+
+    def record(*batches):
+        scores.append(validate(*batches))
+        return scores[-1]
+
+    monkeypatch.setattr(train, "validate", record)
     args = SimpleNamespace(data="digits", data_dir=tmp_path, width=0.35, epochs=2)
     curve, _ = ablation.measure(ablation.change_nothing, args, seed=1)
     with open(tmp_path / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert curve == [float(row["val_top1"]) for row in rows]
-    assert [row["val_loss"] for row in scores[:2]] == [float(row["val_loss"]) for row in rows]
+    assert [row["val_loss"] for row in scores] == [float(row["val_loss"]) for row in rows]
 
 
-def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkeypatch, few_digits):
+@pytest.mark.usefixtures("few_digits")
+def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkeypatch):
     # Each epoch is better than the one before, so both keep the last.
     accuracies = itertools.count(1)
-    better = lambda *_: {"loss": 1.0, "top1": next(accuracies) / 100}  # noqa: E731
+
+    def better(logits, labels):
+        return {"loss": 1.0, "top1": next(accuracies) / 100}
+
     monkeypatch.setattr(train, "score", better)
     options = ("--data", "digits", "--checkpoint", trained / "best.pt", "--out", tmp_path)
     assert call(finetune, *options, "--classifier-epochs", 1, "--epochs", 1)[0] == 0
@@ -199,10 +224,25 @@ def test_resnet18_fine_tunes_as_finetune_py_does(trained, tmp_path, call, monkey
     model, checkpoint = load_checkpoint(trained / "best.pt")
     model.to(memory_format=torch.channels_last)
     monkeypatch.setattr(resnet18, "replace_classifier", lambda *_: None)  # it knows the digits
-    args = SimpleNamespace(data="digits", data_dir=tmp_path, classifier_epochs=1, epochs=1, seed=0)
+    args = SimpleNamespace(
+        data="digits", data_dir=tmp_path, classifier_epochs=1, epochs=1, seed=0
+    )
     resnet18.transfer(model, checkpoint["preprocessing"], args)
     weights = zip(model.state_dict().values(), expected.state_dict().values())
     assert all(torch.equal(ours, theirs) for ours, theirs in weights)
+
+
+def test_keep_best_keeps_the_later_of_equal_epochs():
+    model = torch.nn.Linear(1, 1, bias=False)
+    best = {}
+    history = []
+    kept = []
+    for epoch, accuracy in enumerate((0.5, 0.25, 0.5, 0.75, 0.5), start=1):
+        torch.nn.init.constant_(model.weight, epoch)
+        history.append({"stage": "scratch", "epoch": epoch, "val_top1": accuracy})
+        ablation.keep_best(model, best, history, None, None)
+        kept.append(best["weight"].item())
+    assert kept == [1, 1, 3, 4, 4]
 
 
 def test_benchmark_fine_tunes_both_ways(tmp_path, call, monkeypatch):

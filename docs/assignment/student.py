@@ -78,7 +78,9 @@ class MobileNetV2(nn.Module):
         channels = make_divisible(STEM_CHANNELS * width_mult)
         self.stem = convolution(3, channels, 3, stride=2)
         # TODO 4: add the 17 blocks of BOTTLENECKS, the head, dropout and the classifier.
-        raise NotImplementedError("TODO 4: build the blocks, the head, dropout and the classifier")
+        raise NotImplementedError(
+            "TODO 4: build the blocks, the head, dropout and the classifier"
+        )
 
     def forward(self, x):
         """Compute the logits: (N, 3, H, W) -> (N, num_classes)."""
