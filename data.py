@@ -406,11 +406,12 @@ class Data:
         paths, labels = self.splits[split]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             errors = list(threads.map(find_error, paths))
-        for number, error in enumerate(filter(None, errors), start=1):
+        errors_found = [error for error in errors if error is not None]
+        if len(errors_found) == len(errors):
+            raise DataError(f"no readable image for {split}: {errors_found[0]}")
+        for number, error in enumerate(errors_found, start=1):
             report_unreadable(error, number)
         kept = torch.tensor([error is None for error in errors])
-        if not kept.any():
-            raise DataError(f"no readable images for {split}: add some")
         self.splits[split] = paths[kept.numpy()], labels[kept]
 
 
@@ -778,6 +779,7 @@ def load_folder(size, root, training=True, trained_on=None):
     root = unwrap(root)
     left_out = Counter()
     folders = find_splits(root, left_out) or {"train": root}
+    folders = {split: folders[split] for split in ("train", "val", "test") if split in folders}
     found = {split: list_classes(folder, left_out) for split, folder in folders.items()}
     classes = sort_names({name for images in found.values() for name in images})
     if len(classes) < 2 and training:

@@ -98,10 +98,10 @@ def main():
     elif checkpoint["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
-    lock = train.reserve_folder(args)  # noqa: F841  released at the end
     save = partial(train.save_epoch, args, model, dataset)
-    train_classifier(model, dataset, args, history, save, last)
-    train_blocks(model, dataset, args, history, save, last)
+    with train.reserved(args):
+        train_classifier(model, dataset, args, history, save, last)
+        train_blocks(model, dataset, args, history, save, last)
     train.finish(args, dataset, history)
 
 

@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -207,20 +208,20 @@ def main():
         check_data(last, dataset)
         restore(args, last, model, optimizer, scheduler)
         history = last["history"]
-    lock = reserve_folder(args)  # noqa: F841  released at the end
-    fit(
-        model,
-        train_batches,
-        val_batches,
-        optimizer,
-        scheduler,
-        loss_function,
-        history=history,
-        epochs=args.epochs,
-        save=partial(save_epoch, args, model, dataset),
-        seed=args.seed,
-        amp=args.amp,
-    )
+    with reserved(args):
+        fit(
+            model,
+            train_batches,
+            val_batches,
+            optimizer,
+            scheduler,
+            loss_function,
+            history=history,
+            epochs=args.epochs,
+            save=partial(save_epoch, args, model, dataset),
+            seed=args.seed,
+            amp=args.amp,
+        )
     finish(args, dataset, history)
 
 
@@ -495,27 +496,35 @@ def read_last(parser, args):
     return last
 
 
-def reserve_folder(args):
-    """Create the folder of a run, and lock it until this process ends. Returns the lock.
+@contextmanager
+def reserved(args):
+    """Create the folder of a run, and keep other runs out of it until the end.
 
     Raises UserError if another run writes there, and OSError if the folder cannot be written.
     """
     rank, _ = data.process_rank()
     if rank > 0:
-        return None
+        yield
+        return
     args.out.mkdir(parents=True, exist_ok=True)
-    lock = open(args.out / ".lock", "w")  # noqa: SIM115  open until the process ends
-    if fcntl is not None:
+    path = args.out / ".lock"
+    with open(path, "w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                fix = "wait for its end, or use another --out"
+                raise cli.UserError(
+                    f"--out {args.out}: another run writes there; {fix}"
+                ) from error
+        if args.overwrite:  # else --resume would continue the old run, if this one ends early
+            (args.out / "last.pt").unlink(missing_ok=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fix = "wait for its end, or use another --out"
-            raise cli.UserError(
-                f"--out {args.out}: another run writes there; {fix}"
-            ) from error
-    if args.overwrite:  # else --resume would continue the old run, if this one ends early
-        (args.out / "last.pt").unlink(missing_ok=True)
-    return lock
+            yield
+        finally:
+            path.unlink()
+            with suppress(OSError):  # not empty
+                args.out.rmdir()
 
 
 def check_data(last, dataset):
@@ -589,8 +598,7 @@ def finish(args, dataset, history):
     plot_history(history, args.out / "curves.png")
     if history[-1]["val_loss"] > math.log(len(dataset.classes)):
         print("warning: guessing has a lower loss; use more epochs or a lower --learning-rate")
-    files = [name for name in sorted(os.listdir(args.out)) if not name.startswith(".")]
-    print(f"{args.out} has {', '.join(files)}")
+    print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
     best = args.out / "best.pt"
     cli.print_next(
         "evaluate.py", checkpoint=best, data=args.data, out=f"{args.out}-evaluation"

@@ -111,7 +111,7 @@ def train_network(model, dataset, epochs, seed):
         dataset.batches("val"),
         optimizer,
         scheduler,
-        train.make_loss("cross-entropy", RECIPE["label_smoothing"]),
+        train.make_loss(RECIPE["loss"], RECIPE["label_smoothing"]),
         history=history,
         epochs=epochs,
         save=partial(keep_best, model, best),

@@ -101,7 +101,7 @@ def main():
     add = parser.add_argument
     add("--data", default="digits", help="dataset, or folder of images")
     add("--data-dir", type=Path, default=Path("datasets"), help="folder for downloads")
-    cli.add_checkpoint(parser, "runs/train/best.pt")
+    add("--checkpoint", default="runs/train/best.pt", help="start of finetune.py")
     add(
         "--image-size",
         type=cli.in_range(int, 8, 1024),

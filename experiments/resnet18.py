@@ -81,7 +81,6 @@ def transfer(model, preprocessing, args):
         classifier_epochs=args.classifier_epochs,
         epochs=args.epochs,
         seed=args.seed,
-        loss="cross-entropy",
         amp="off",
     )
     train.use_defaults(settings, finetune.DEFAULTS[dataset.kind])

@@ -56,10 +56,9 @@ def draw(path, originals, resized, labels, logits):
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
-    cli.add_checkpoint(parser, "runs/finetune/best.pt")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/evaluate/digits.png"), help="picture"
-    )
+    add = parser.add_argument
+    add("--checkpoint", default="runs/finetune/best.pt", help="network for digits")
+    add("--out", type=Path, default=Path("runs/evaluate/digits.png"), help="picture")
     args = parser.parse_args()
 
     model, checkpoint = load_checkpoint(args.checkpoint)
