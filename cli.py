@@ -1,7 +1,7 @@
 """The command line: options that every script has, the device, and errors in one line.
 
-You can skip this file: it has no lesson. Each script builds its options on `make_parser`, reads
-them with `parse`, and starts with `run(main)`.
+You can skip this file: it has no lesson. Each script builds its options on `make_parser`,
+reads them with `parse`, and starts with `run(main)`.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """MobileNetV2, written by hand from the paper.
 
-    Sandler, Howard, Zhu, Zhmoginov, Chen: "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
-    CVPR 2018, https://arxiv.org/abs/1801.04381 ("the paper" in every comment below)
+    Sandler, Howard, Zhu, Zhmoginov, Chen: "MobileNetV2: Inverted Residuals and Linear
+    Bottlenecks", CVPR 2018, https://arxiv.org/abs/1801.04381 ("the paper" in every comment
+    below)
 
 Read in this order: `BOTTLENECKS` (Table 2), `InvertedResidual` (Table 1, §3.1 to §3.3),
-`MobileNetV2` (§4). Three sections follow: weight names, checkpoints, and costs (Table 4). This file
-imports no other script, so you can copy it into another project. Terms used here:
+`MobileNetV2` (§4). Three sections follow: weight names, checkpoints, and costs (Table 4). This
+file imports no other script, so you can copy it into another project. Terms used here:
 
     backbone     stem, blocks and head: an image becomes 1280 features
     head         the last 1×1 convolution, before pooling
@@ -25,8 +26,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# The middle rows of Table 2. Each row is a group of n blocks (inverted residuals). Only the first
-# block of a group has stride s and changes the number of channels.
+# The middle rows of Table 2. Each row is a group of n blocks (inverted residuals). Only the
+# first block of a group has stride s and changes the number of channels.
 #   t: expansion, the ratio of inner to input channels      c: output channels
 #   n: number of blocks                                     s: stride of the first block
 # The first arXiv version had stride 2 in the row of 96 channels instead of the row of 64. Many
@@ -48,8 +49,8 @@ HEAD_CHANNELS = 1280
 def make_divisible(value, divisor=8):
     """Round a number of channels to the nearest multiple of `divisor`, but not below 90% of it.
 
-    Processors compute 8 or more numbers at a time, so multiples of 8 waste nothing. For example,
-    35 becomes 32. But 11.2 becomes 16, because 8 is below 90% of 11.2.
+    Processors compute 8 or more numbers at a time, so multiples of 8 waste nothing. For
+    example, 35 becomes 32. But 11.2 becomes 16, because 8 is below 90% of 11.2.
     Source: TensorFlow (models, slim/nets).
     """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
@@ -61,10 +62,11 @@ def make_divisible(value, divisor=8):
 def row_strides(output_stride):
     """Return the stride of each row of BOTTLENECKS, as a list. Raises ValueError.
 
-    Output stride: image size divided by the size of the last feature map. In Table 2 it is
-    224 / 7 = 32: the stem and four rows halve the image. An image of 32 pixels would end as a
-    single pixel. For output stride 16 or 8, the first one or two of these four rows keep the size.
-    The stem always halves it: a stem with stride 1 was slower and less accurate on digits.
+    Output stride: image size divided by the size of the last feature map. In Table 2 it is 224
+    / 7 = 32: the stem and four rows halve the image. An image of 32 pixels would end as a
+    single pixel. For output stride 16 or 8, the first one or two of these four rows keep the
+    size. The stem always halves it: a stem with stride 1 was slower and less accurate on
+    digits.
     """
     if output_stride not in (32, 16, 8):
         raise ValueError(f"output_stride is {output_stride}: use 32, 16 or 8")
@@ -109,14 +111,15 @@ class InvertedResidual(nn.Module):
         h/s × w/s × tk     1×1 convolution, linear           h/s × w/s × k'      .project
 
     Depthwise separable (§3.1): a dense 3×3 convolution from d to d' channels costs 9 · d · d'
-    multiply-adds per pixel. A depthwise and a 1×1 convolution cost d · (9 + d'), 6 to 9 times less.
+    multiply-adds per pixel. A depthwise and a 1×1 convolution cost d · (9 + d'), 6 to 9 times
+    less.
 
     Inverted (§3.3): a ResNet block is narrow inside, and its shortcut connects the wide ends.
-    Here the block is wide inside, and the shortcut connects the narrow ends. This saves memory,
-    because only the narrow ends must be kept between blocks.
+    Here the block is wide inside, and the shortcut connects the narrow ends. This saves
+    memory, because only the narrow ends must be kept between blocks.
 
-    Linear (§3.2): no activation follows the projection. ReLU sets negative values to zero. With
-    many channels the others still carry the information; with few channels it is lost.
+    Linear (§3.2): no activation follows the projection. ReLU sets negative values to zero.
+    With many channels the others still carry the information; with few channels it is lost.
 
     Arguments: in_channels k, out_channels k', stride s (1 or 2, else ValueError), expansion t.
     Shape: (N, k, H, W) -> (N, k', H/s, W/s).
@@ -127,7 +130,8 @@ class InvertedResidual(nn.Module):
         if stride not in (1, 2):
             raise ValueError(f"stride is {stride}: use 1 or 2")
         wide = in_channels * expansion
-        # The first block has t = 1 and no expansion, as in TensorFlow's and torchvision's code.
+        # The first block has t = 1 and no expansion, as in TensorFlow's and torchvision's
+        # code.
         self.expand = nn.Identity()
         if expansion > 1:
             self.expand = convolution(in_channels, wide, 1)
@@ -157,8 +161,8 @@ class MobileNetV2(nn.Module):
             keeps 1280 channels, because a thin network still has to separate as many classes.
         dropout: probability before the classifier. The paper gives none; torchvision has 0.2.
         output_stride: ratio of image size to the size of the last feature map: 32 (the paper),
-            16 or 8. An image of 32 pixels ends as 1×1, 2×2 or 4×4, each step costs 3 to 4 times
-            the multiply-adds, and the weights keep their shapes.
+            16 or 8. An image of 32 pixels ends as 1×1, 2×2 or 4×4, each step costs 3 to 4
+            times the multiply-adds, and the weights keep their shapes.
     Shape: (N, 3, S, S) -> (N, num_classes) logits; S is 224 in the paper.
     Raises ValueError for an argument out of range.
     """
@@ -207,10 +211,10 @@ class MobileNetV2(nn.Module):
 def initialise(module):
     """Set the initial weights of one layer. The paper gives none; these are torchvision's.
 
-    Convolutions: normal with variance 2 / (kernel area · output channels), the "fan out" of He et
-    al. (arXiv:1502.01852), which keeps gradients of similar size in all layers. For a depthwise
-    convolution PyTorch counts all output channels, so its weights start smaller than the rule asks
-    for; the BatchNorm that follows corrects the scale. Classifier: std 0.01.
+    Convolutions: normal with variance 2 / (kernel area · output channels), the "fan out" of He
+    et al. (arXiv:1502.01852), which keeps gradients of similar size in all layers. For a
+    depthwise convolution PyTorch counts all output channels, so its weights start smaller than
+    the rule asks for; the BatchNorm that follows corrects the scale. Classifier: std 0.01.
     BatchNorm keeps PyTorch's 1 and 0.
     """
     if isinstance(module, nn.Conv2d):
@@ -228,12 +232,13 @@ def replace_classifier(model, num_classes):
     model.arch["num_classes"] = num_classes
 
 
-# ------------------------------------------------------------ weight names: torchvision's and ours
+# -------------------------------------------------------- weight names: torchvision's and ours
 def torchvision_names():
     """Map each layer with weights: our name -> torchvision's name, in forward order.
 
-    torchvision numbers them: features.0 is the stem, 1 to 17 are the blocks, 18 is the head. In a
-    block, `conv` lists expansion (not in the first block), depthwise, projection and its norm.
+    torchvision numbers them: features.0 is the stem, 1 to 17 are the blocks, 18 is the head.
+    In a block, `conv` lists expansion (not in the first block), depthwise, projection and its
+    norm.
     """
     names = {"stem.conv": "features.0.0", "stem.norm": "features.0.1"}
     index = 0
@@ -275,7 +280,7 @@ def to_torchvision(state_dict):
     return rename(state_dict, torchvision_names())
 
 
-# ------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------- checkpoints
 IMAGENET_URL = "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth"
 # torchvision's for MobileNet_V2_Weights.IMAGENET1K_V2
 IMAGENET_PREPROCESSING = {
@@ -305,7 +310,8 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **training_
 
     classes: names in the order of the logits. history: rows of log.csv, as dicts, or none.
     preprocessing: dict with image_size, crop (used share of the shorter side), channels (1 is
-    grayscale), mean and std (of pixels in 0..1). training_state: optimizer and so on, to resume.
+    grayscale), mean and std (of pixels in 0..1). training_state: optimizer and so on, to
+    resume.
     """
     checkpoint = {
         "model": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
@@ -315,7 +321,8 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **training_
         "history": list(history),
         **training_state,
     }
-    # torch.save stores the file's name inside the file. A buffer has none: equal runs, equal bytes.
+    # torch.save stores the file's name inside the file. A buffer has none: equal runs, equal
+    # bytes.
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_file(path, buffer.getvalue())
@@ -438,8 +445,9 @@ def build_network(checkpoint, output_stride):
 def load_pretrained(source, num_classes, output_stride=None):
     """Load a network for your own classes: load_pretrained("imagenet", num_classes=5).
 
-    Like `load_checkpoint`, but a network for another number of classes gets a new classifier, and
-    only the network is returned. For programs of your own; the scripts need the checkpoint as well.
+    Like `load_checkpoint`, but a network for another number of classes gets a new classifier,
+    and only the network is returned. For programs of your own; the scripts need the checkpoint
+    as well.
     """
     model, _ = load_checkpoint(source, output_stride)
     if num_classes != model.arch["num_classes"]:
@@ -447,11 +455,12 @@ def load_pretrained(source, num_classes, output_stride=None):
     return model
 
 
-# ------------------------------------------------------------------------------------------- costs
+# --------------------------------------------------------------------------------------- costs
 def count_parameters(model, batch_norm=True):
     """Count the parameters; batch_norm=False leaves out BatchNorm's, as TensorFlow does.
 
-    At width 1.0 that is 3,504,872 or 3,470,760. Table 4 of the paper has 3.4M, the latter cut off.
+    At width 1.0 that is 3,504,872 or 3,470,760. Table 4 of the paper has 3.4M, the latter cut
+    off.
     """
     count = 0
     for layer in model.modules():
@@ -463,8 +472,9 @@ def count_parameters(model, batch_norm=True):
 def measure_layers(module, shape):
     """Measure the convolutions and linear layers of `module`, for one input of this shape.
 
-    Each output value has one product per weight of its filter. BatchNorm counts as zero, because it
-    folds into the convolution. Returns [(input shape, output shape, multiply-adds)] without N.
+    Each output value has one product per weight of its filter. BatchNorm counts as zero,
+    because it folds into the convolution. Returns [(input shape, output shape, multiply-adds)]
+    without N.
     """
     measured = []
 

@@ -57,8 +57,8 @@ RECIPES = {
     },
     # The other recipes replace some of these settings.
     #
-    # The paper, §6.1. It used 16 GPUs, each with updates of its own from batches of 96, and does
-    # not say how many epochs, or whether labels were smoothed.
+    # The paper, §6.1. It used 16 GPUs, each with updates of its own from batches of 96, and
+    # does not say how many epochs, or whether labels were smoothed.
     "paper": {
         "optimizer": "rmsprop",
         "schedule": "exponential",
@@ -324,7 +324,9 @@ def dice_loss(logits, labels):
     """
     p = logits.softmax(dim=1)  # (N, C)
     g = functional.one_hot(labels, logits.shape[1])  # (N, C)
-    overlap = (2 * (p * g).sum(dim=0) + 1) / (p.square().sum(dim=0) + g.sum(dim=0) + 1)  # (C,)
+    common = (p * g).sum(dim=0)  # (C,)
+    total = p.square().sum(dim=0) + g.sum(dim=0)  # (C,)
+    overlap = (2 * common + 1) / (total + 1)
     return 1 - overlap.mean()
 
 
@@ -366,7 +368,8 @@ def gather(logits, labels):
         return logits, labels
     shares = [None] * processes
     distributed.all_gather_object(shares, (logits, labels))
-    return torch.cat([pair[0] for pair in shares]), torch.cat([pair[1] for pair in shares])
+    all_logits, all_labels = zip(*shares)
+    return torch.cat(all_logits), torch.cat(all_labels)
 
 
 def start(args):

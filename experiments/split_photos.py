@@ -36,7 +36,7 @@ def list_photos(folder):
 
 
 def split(source, paths, labels, val_share, test_share, seed):
-    """Return {split: paths (N,)} with shares of each class: first test, then val from the others."""
+    """Return {split: paths (N,)}, shares of each class: first test, then val from the others."""
     splits = {"train": paths, "val": paths[:0], "test": paths[:0]}
     remaining = 1.0  # share of the images in train
     for name, share in (("test", test_share), ("val", val_share)):
