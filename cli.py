@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 if "MPLBACKEND" in os.environ and "ipykernel" not in sys.modules:
     # It is a notebook's setting, and names a backend that this environment may lack.
@@ -96,6 +97,8 @@ def parse(parser):
     data = os.path.realpath(args.data)
     if os.path.isdir(data) and Path(os.path.realpath(args.out)).is_relative_to(data):
         parser.error(f"--out {args.out}: is inside --data {args.data}; use another folder")
+    if distributed.is_torchelastic_launched() and "resume" not in args:
+        parser.error("this script runs in one process: start it without torchrun")
     if "device" in args:
         args.device = choose_device(args.device)
     return args

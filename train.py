@@ -186,7 +186,8 @@ def main():
     add_training_options(parser)
     args = cli.parse(parser)
     last = read_last(parser, args)
-    use_defaults(args, {**RECIPES["small"], **RECIPES.get(args.recipe, {})})
+    recipe = {**RECIPES["small"], **RECIPES.get(args.recipe, {})}
+    use_defaults(args, recipe)
     if args.epochs < 1:
         parser.error(f"argument --epochs: {args.epochs}: use at least 1")
     start(args)
@@ -197,6 +198,12 @@ def main():
     steps = len(train_batches)
     classes = len(dataset.classes)
     print(f"{args.data}: {classes} classes, {args.epochs} × {steps} steps, on {args.device}")
+    if args.batch_size != recipe["batch_size"]:
+        factor = args.batch_size / recipe["batch_size"]
+        print(
+            f"batch size: {factor:g} times the recipe's; so might be --learning-rate "
+            "(Goyal et al., arXiv:1706.02677, §2.1)"
+        )
     model = MobileNetV2(classes, args.width, output_stride=args.output_stride)
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
