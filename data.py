@@ -29,6 +29,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -1046,8 +1047,10 @@ def picture_style():
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed]]
     own = {"font.family": fonts, "text.parse_math": False}  # $5 is no formula
-    with style.context(["default", own]):
+    with style.context(["default", own]), warnings.catch_warnings(record=True) as caught:
         yield
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print("pictures: no installed font has all letters of the names (docs/install.md)")
 
 
 def shorten(text):

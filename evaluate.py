@@ -223,7 +223,7 @@ def plot_predictions(path, title, dataset, split, logits, indices, explain=None)
     colours = []
     for index, prediction, confidence in zip(indices, predictions, confidences):
         if labels[index] == UNKNOWN:
-            above = Path(files[index]).name
+            above = data.printable(Path(files[index]).name)
             colour = "black"
         elif labels[index] == prediction:
             above = ""
@@ -279,7 +279,12 @@ def write_table(path, rows):
     table = csv.DictWriter(text, names)
     table.writeheader()
     table.writerows(rows)
-    write_file(path, text.getvalue().encode())
+    write_text(path, text.getvalue())
+
+
+def write_text(path, text):
+    """Write a text as UTF-8. A name of a file may have bytes that are no letters."""
+    write_file(path, text.encode(errors="backslashreplace"))
 
 
 def top_classes(logits, classes):
@@ -360,7 +365,7 @@ def evaluate(args):
     if split == "val":
         text += "\nno test split: these images also chose the checkpoint"
     print(text)
-    write_file(args.out / "report.txt", f"{text}\n".encode())
+    write_text(args.out / "report.txt", f"{text}\n")
     metrics = {
         "checkpoint": args.checkpoint,
         "data": args.data,
@@ -370,8 +375,7 @@ def evaluate(args):
         **report,
         "per_class": dict(zip(dataset.classes, report["per_class"])),
     }
-    text = json.dumps(metrics, indent=2, ensure_ascii=False)
-    write_file(args.out / "metrics.json", text.encode())
+    write_text(args.out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
     images, _ = dataset.splits[split]
     names = images if dataset.kind == "photos" else range(len(images))
     write_predictions(args.out / "predictions.csv", names, labels, logits, dataset.classes)
@@ -433,7 +437,7 @@ def classify(args):
     logits, labels = predict(model, dataset.batches("test"))
     print(f"{args.checkpoint}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
     for path, best in zip(paths, top_classes(logits, classes)):
-        print(f"{path}: {', '.join(f'{name} {value:.1%}' for name, value in best)}")
+        print(f"{data.printable(path)}: {', '.join(f'{name} {value:.1%}' for name, value in best)}")
     write_predictions(args.out / "images.csv", paths, labels, logits, classes)
     draw = partial(plot_predictions, dataset=dataset, split="test", logits=logits)
     first = torch.arange(len(paths))[:32]
@@ -444,7 +448,7 @@ def classify(args):
 
 
 def main():
-    parser = cli.make_parser(__doc__, data="digits", out="runs/evaluate", batch_size=256)
+    parser = cli.make_parser(__doc__, data="digits", out="runs/evaluate", batch_size=64)
     parser.add_argument("--checkpoint", default="runs/finetune/best.pt", help=CHECKPOINT_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(

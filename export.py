@@ -37,7 +37,7 @@ from torch import nn
 
 import cli
 import data
-from evaluate import CHECKPOINT_HELP, class_names, load_test, predict
+from evaluate import CHECKPOINT_HELP, class_names, load_test, predict, write_text
 from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
 TOLERANCE = 1e-4  # largest difference of a float format's outputs, relative to their range
@@ -381,9 +381,8 @@ def main():
         "network": reference[1],
         "formats": formats,
     }
-    write_file(args.out / "labels.txt", "\n".join([*dataset.classes, ""]).encode())
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    write_file(args.out / "report.json", text.encode())
+    write_text(args.out / "labels.txt", "\n".join([*dataset.classes, ""]))
+    write_text(args.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
     print(f"wrote {', '.join([*formats, 'labels.txt', 'report.json'])} to {args.out}")
     if faults:
         raise data.DataError(f"not written: {'; '.join(faults)}")

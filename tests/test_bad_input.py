@@ -6,7 +6,9 @@
 import math
 import os
 import zipfile
+from collections import Counter
 
+import numpy
 import pytest
 import torch
 from conftest import SMALL_NETWORK, call_script
@@ -86,7 +88,7 @@ class Accepted(Exception):
     """A script has loaded the checkpoint, and begins its work."""
 
 
-def accept(*_):
+def accept(*_, **__):
     raise Accepted
 
 
@@ -373,10 +375,23 @@ def test_weights_of_fewer_bits_are_usable(runs, tmp_path):
 # -------------------------------------------------------------------------- images and folders
 
 
+def list_readable(folder):
+    """List the names of the images below a folder that evaluate.py uses."""
+    paths = numpy.array(data.list_images(folder, Counter()), dtype=object)
+    splits = {"test": (paths, torch.zeros(len(paths)))}
+    dataset = data.Data([], data.SMALL_IMAGE, splits, kind="photos")
+    dataset.keep_readable("test")
+    return [os.path.basename(path) for path in dataset.splits["test"][0]]
+
+
 def test_a_pipe_named_jpg_is_skipped(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert data.find_images(tmp_path) == []
-    assert "pipe.jpg" in capsys.readouterr().err
+    with pytest.raises(data.DataError, match="no readable image .*pipe.jpg': .*no regular"):
+        list_readable(tmp_path)
+    Image.new("L", (11, 11)).save(tmp_path / "good.png")
+    assert list_readable(tmp_path) == ["good.png"]
+    error = capsys.readouterr().err
+    assert "pipe.jpg" in error and error.count("\n") == 1
 
 
 def test_a_gigantic_image_is_skipped_before_it_is_decoded(tmp_path, capsys, monkeypatch):
@@ -384,7 +399,8 @@ def test_a_gigantic_image_is_skipped_before_it_is_decoded(tmp_path, capsys, monk
     monkeypatch.setattr(data, "MAX_PIXELS", 120)
     monkeypatch.setattr(PngImageFile, "load", accept)
     Image.new("I;16", (11, 11)).save(tmp_path / "bomb.png")
-    assert data.find_images(tmp_path) == []
+    Image.new("L", (12, 10)).save(tmp_path / "good.gif")
+    assert list_readable(tmp_path) == ["good.gif"]
     assert "exceeds the limit of 120 pixels" in capsys.readouterr().err
 
 

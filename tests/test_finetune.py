@@ -432,12 +432,12 @@ def make_bad(kind, tmp_path, start):
             tmp_path / "none",
         ), "no such folder or dataset"
     if kind == "empty folder":
-        return ("--checkpoint", start, "--data", folder), "found no folder; at least two class"
+        return ("--checkpoint", start, "--data", folder), "at least two class folders"
     if kind == "no image":
         for name in ("cat", "dog"):
             (folder / name).mkdir()
             (folder / name / "notes.txt").write_text("not an image")
-        return ("--checkpoint", start, "--data", folder), "(0 images)"
+        return ("--checkpoint", start, "--data", folder), "has no images of cat, dog; add"
     if kind == "per class":
         return ("--checkpoint", start, "--per-class", 5000), "a class has 68 images"
     value = {"--epochs": -1, "--unfreeze": 18, "--classifier-epochs": 0}[kind]

@@ -168,9 +168,11 @@ def test_a_recipe_sets_every_training_option(tmp_path, call, monkeypatch):
         "epochs": 5,
         "warmup": 0.2,
         "weight_decay": 0.5,
+        "loss": "cross-entropy",
         "label_smoothing": 0.3,
     }
-    assert all(recipe.keys() == known.keys() for known in train.RECIPES.values())
+    assert recipe.keys() == train.RECIPES["small"].keys()
+    assert all(known.keys() <= recipe.keys() for known in train.RECIPES.values())
     monkeypatch.setitem(train.RECIPES, "mine", recipe)
     seen = stop_before_training(monkeypatch)
     call(train, *SMALL_DATA, "--recipe", "mine", "--out", tmp_path)
@@ -183,6 +185,22 @@ def test_a_recipe_sets_every_training_option(tmp_path, call, monkeypatch):
     assert factor.keywords == {"steps": 5 * 6, "warmup": 0.2}  # 714 / 119 steps per epoch
     assert [len(labels) for _, labels in batches] == [119] * 6
     assert loss.keywords == {"label_smoothing": 0.3}
+
+
+def test_a_recipe_replaces_settings_of_small(tmp_path, call, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "mine", {"loss": "focal", "epochs": 7})
+    seen = stop_before_training(monkeypatch)
+    call(train, *SMALL_DATA, "--recipe", "mine", "--out", tmp_path)
+    _, batches, optimizer, scheduler, loss = seen
+    small = train.RECIPES["small"]
+    assert loss is train.focal_loss and type(optimizer) is torch.optim.SGD
+    weights = optimizer.param_groups[0]
+    assert weights["initial_lr"] == small["learning_rate"]
+    assert weights["weight_decay"] == small["weight_decay"]
+    steps = 714 // small["batch_size"]
+    assert [len(labels) for _, labels in batches] == [small["batch_size"]] * steps
+    expected = {"steps": 7 * steps, "warmup": small["warmup"]}
+    assert scheduler.lr_lambdas[0].keywords == expected
 
 
 def test_an_unknown_optimizer_schedule_or_loss_is_an_error():
@@ -389,7 +407,7 @@ def bars(monkeypatch):
     classes = ["vertical", "horizontal"]
     bars = data.Data(classes, preprocessing, splits, augment=data.distort)
     monkeypatch.setattr(
-        data, "load_for", lambda args: replace(bars, batch_size=args.batch_size)
+        data, "load_for", lambda args, **how: replace(bars, batch_size=args.batch_size)
     )
     return bars
 
@@ -439,15 +457,12 @@ def test_a_run_leaves_its_files(trained):
 def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accuracy(
     tmp_path, capsys
 ):
-    args = SimpleNamespace(out=tmp_path)
+    args = SimpleNamespace(out=tmp_path, data="something")
     history = []
     model = MobileNetV2(2, 0.35)
-    splits = {
-        "val": (None, torch.zeros(100))
-    }  # standard error at 0.7: √(0.7 · 0.3 / 100) = 0.046
-    dataset = SimpleNamespace(
-        classes=["a", "b"], preprocessing=data.SMALL_IMAGE, splits=splits
-    )
+    # Standard error at 0.7: √(0.7 · 0.3 / 100) = 0.046
+    splits = {"train": (None, torch.zeros(5)), "val": (None, torch.zeros(100))}
+    dataset = data.Data(["a", "b"], data.SMALL_IMAGE, splits)
     optimizer = torch.optim.SGD(model.parameters())
     scheduler = LambdaLR(optimizer, partial(train.cosine, steps=4))
     row = {"stage": "scratch", "train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0}
@@ -459,6 +474,7 @@ def test_best_is_the_latest_epoch_within_one_standard_error_of_the_highest_accur
         model, checkpoint = load_checkpoint(tmp_path / name)
         assert model.classifier.bias.tolist() == [epoch] * 2
         assert checkpoint["history"] == history[:epoch]
+        assert checkpoint["data"] == {"name": "something", "train": 5, "val": 100}
     marks = [line.endswith("  best.pt") for line in capsys.readouterr().out.splitlines()]
     assert marks == [True, True, True, False]
 
@@ -869,14 +885,26 @@ def test_resume_refuses_runs_of_another_script_and_changed_classes(trained, tmp_
     code, _, error = call(finetune, "--resume", "--out", tmp_path / "run")
     assert code == 2 and "this script did not write it" in error
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    last["classes"] = last["classes"][::-1]
+    last["classes"] = ["zero", *last["classes"][1:]]
     torch.save(last, tmp_path / "run" / "last.pt")
     code, _, error = call(train, "--resume", "--out", tmp_path / "run")
-    assert (
-        code == 2
-        and "the classes of the data have changed" in error
-        and error.count("\n") == 1
-    )
+    assert code == 2 and error.count("\n") == 1
+    assert "the classes of the data have changed" in error
+
+
+def test_a_resumed_run_keeps_its_order_of_the_classes(trained, tmp_path, call, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last["classes"] = last["classes"][::-1]
+    torch.save(last, tmp_path / "run" / "last.pt")
+    datasets = []
+    monkeypatch.setattr(train, "finish", lambda args, dataset, _: datasets.append(dataset))
+    assert call(train, "--resume", "--out", tmp_path / "run")[0] == 0
+    usual = data.load_data("digits", {"image_size": 16})
+    (dataset,) = datasets
+    assert dataset.classes == usual.classes[::-1]
+    for split, (_, labels) in usual.splits.items():
+        assert torch.equal(dataset.splits[split][1], 9 - labels)
 
 
 def test_a_run_of_no_epochs_is_refused(tmp_path, call):
