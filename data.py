@@ -132,9 +132,8 @@ def shift_and_flip(images, size, shift=1 / 8):
     mirrored = torch.rand(count, 1, device=images.device) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     numbers = torch.arange(count, device=images.device)[:, None, None]
-    shifted = padded.movedim(1, 3)[
-        numbers, rows[:, :, None], columns[:, None, :]
-    ]  # (N, H, H, C)
+    # Indexing puts the channels last: (N, H, H, C).
+    shifted = padded.movedim(1, 3)[numbers, rows[:, :, None], columns[:, None, :]]
     return resize(shifted.movedim(3, 1), size)
 
 
@@ -335,10 +334,8 @@ class Data:
     repeats: int = 1  # passes over the training images per epoch
     batch_size: int = 128  # of all processes together
     workers: int = 0  # processes that decode photos
-    unreadable: dict = field(
-        default_factory=dict
-    )  # split -> bool (N,), shared with the workers
-    device: str = "cpu"  # where small images are augmented
+    # split -> bool (N,): photos that could not be read. The workers share it.
+    unreadable: dict = field(default_factory=dict)
 
     def batches(self, split, augmented=False, indices=None):
         """Return an iterable of (images float (N, 3, S, S), labels (N,)), and with a length.
@@ -356,9 +353,8 @@ class Data:
         if whole:
             end = len(labels)
             if split == "train":
-                end -= (
-                    end % processes
-                )  # equal shares, so that all take the same number of steps
+                # Equal shares, so that all processes take the same number of steps.
+                end -= end % processes
             indices = torch.arange(rank, end, processes)
         images = images[indices.numpy()]
         labels = labels[indices]
@@ -583,9 +579,8 @@ def load_flowers(size, data_dir, **how):
             if not archive.is_file():
                 torch.hub.download_url_to_file(FLOWERS, archive, FLOWERS_SHA256)
             with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
-                shutil.unpack_archive(
-                    archive, temporary, filter="data"
-                )  # stays in `temporary`
+                # The filter refuses files outside the temporary folder.
+                shutil.unpack_archive(archive, temporary, filter="data")
                 Path(temporary, folder.name).rename(folder)
     return load_folder(size, folder, **how)
 
@@ -638,7 +633,7 @@ def open_image(path, preprocessing):
         image = ImageOps.exif_transpose(image)  # EXIF has the orientation of a phone
     if image.mode.startswith("I"):  # 16 bits, of which a camera may use 10, 12 or 14
         pixels = numpy.asarray(image)
-        bits = max(int(pixels.max()).bit_length(), 8)
+        bits = max(int(pixels.max()).bit_length(), 8)  # that this image uses
         image = Image.fromarray((pixels >> (bits - 8)).astype(numpy.uint8))
     if "A" in image.mode or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -667,9 +662,8 @@ def list_images(folder, left_out):
     paths = []
     for place, folders, files in os.walk(folder, onerror=raise_error):
         left_out["hidden folders"] += sum(is_hidden(name) for name in folders)
-        folders[:] = [
-            name for name in folders if not is_hidden(name)
-        ]  # os.walk skips the others
+        # os.walk enters only the folders that stay in this list.
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
             if is_hidden(name):

@@ -237,9 +237,8 @@ def plot_predictions(path, title, dataset, split, logits, indices, explain=None)
         device = next(explain.parameters()).device
         maps = class_activation_map(explain, images.to(device), predictions.to(device)).cpu()
         heat = overlay(maps, pictures, explain.arch["output_stride"])
-        pictures = torch.stack([pictures, heat], dim=1).flatten(
-            0, 1
-        )  # image, heat, image, ...
+        # In the order image, heat, image, heat, ...
+        pictures = torch.stack([pictures, heat], dim=1).flatten(0, 1)
         names = [text for name in names for text in (name, "")]
         colours = [colour for colour in colours for _ in range(2)]
     data.plot_grid(path, title, pictures, names, colours)
@@ -437,7 +436,9 @@ def classify(args):
     logits, labels = predict(model, dataset.batches("test"))
     print(f"{args.checkpoint}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
     for path, best in zip(paths, top_classes(logits, classes)):
-        print(f"{data.printable(path)}: {', '.join(f'{name} {value:.1%}' for name, value in best)}")
+        print(
+            f"{data.printable(path)}: {', '.join(f'{name} {value:.1%}' for name, value in best)}"
+        )
     write_predictions(args.out / "images.csv", paths, labels, logits, classes)
     draw = partial(plot_predictions, dataset=dataset, split="test", logits=logits)
     first = torch.arange(len(paths))[:32]

@@ -385,9 +385,8 @@ def start(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        distributed.init_process_group(
-            timeout=TIME_LIMIT
-        )  # NCCL for tensors on GPUs, Gloo for the CPU
+        # NCCL for tensors on GPUs, Gloo for the CPU
+        distributed.init_process_group(timeout=TIME_LIMIT)
         if distributed.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
     torch.manual_seed(args.seed)
