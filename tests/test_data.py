@@ -355,20 +355,23 @@ def test_a_folder_of_class_folders_is_split_80_20_in_each_class(folder, capsys):
 
 
 class Reversed:
-    """Replace os.scandir: list a folder in another order. os.walk also uses it."""
+    """Replace os.scandir, which os.walk also uses: list a folder in the reversed order."""
 
     def __init__(self, folder, scan=os.scandir):
         with scan(folder) as entries:
             self.entries = reversed(list(entries))
 
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.entries)
+
     def __enter__(self):
-        return self.entries
+        return self
 
     def __exit__(self, *_):
         pass
-
-    def __iter__(self):
-        return self.entries
 
 
 def test_the_split_does_not_depend_on_the_listing_the_place_or_the_seed(folder, monkeypatch):
@@ -616,7 +619,7 @@ def test_postscript_named_jpg_starts_no_ghostscript(folder, tmp_path, monkeypatc
     error = capsys.readouterr().err
     assert sum(sizes(dataset).values()) == 20 and not marker.exists()
     assert error.startswith("unreadable photo 1") and error.count("\n") == 2
-    assert error.count("x.jpg") == error.count("cannot identify image file") == 2 or error
+    assert "x.jpg" in error and error.count("cannot identify image file") == 2
     with suppress(OSError):  # PIL alone starts it, which writes no image
         Image.open(path).load()
     assert marker.exists()
@@ -661,19 +664,23 @@ def test_every_orientation_of_a_camera_becomes_upright(tmp_path):
     assert image.size == (16, 32) and open_image(tmp_path / "photo.jpg", 16).size == (32, 16)
 
 
-def test_an_unreadable_photo_with_an_unusual_name_is_named(folder, capsys):
+UNUSUAL = (b"\xfe.jpg", pytest.param(b"1\n.jpg", marks=pytest.mark.xfail(strict=True)))
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unreadable_photo_with_an_unusual_name_takes_one_line(name, folder, capfd):
     try:
         (folder / "red" / "0.jpg").rename(folder / "red" / os.fsdecode(b"\xff.jpg"))
-        (folder / "red" / os.fsdecode(b"\xfe.jpg")).write_bytes(b"")
+        (folder / "red" / os.fsdecode(name)).write_bytes(b"")
     except (OSError, UnicodeError):
         pytest.skip("this file system refuses such names")
     dataset = load_data(folder)
     for split in dataset.splits:
         dataset.keep_readable(split)
     assert sum(sizes(dataset).values()) == 20
-    error = capsys.readouterr().err
-    assert error.count("unreadable photo ") == error.count("\n") == 1
-    assert "red/" in error
+    error = capfd.readouterr().err
+    assert "red/" in error and error.startswith("unreadable photo 1, left out: ")
+    assert error.count("\n") == 1
 
 
 def test_sixteen_bits_and_transparency(tmp_path):

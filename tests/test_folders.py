@@ -191,9 +191,10 @@ def test_layouts_are_recognised_and_printed(name, tmp_path, capsys):
 
 REFUSED = {  # name: (layout, part of the message)
     "nothing": ({}, "at least two class folders"),
-    "one class": (two("")["a"] and {"a": 5}, "at least two class folders"),
+    "one class": ({"a": 5}, "at least two class folders"),
     "images only": ({".": 5}, "at least two class folders"),
     "empty class": ({"a": 5, "b": 0}, "has no images of b; add images"),
+    "empty folder train": ({"a": 5, "b": 5, "train": 0}, "has no images of train"),
     "class missing in train": ({"train/a": 5, "val/a": 3, "val/b": 3}, "has no images of b"),
     "no train": (two("val"), "has val, but no train: add this folder"),
     "val twice": (two("train", "val", "valid"), "both 'val' and 'valid' are folders for val"),
@@ -363,7 +364,7 @@ def test_a_folder_of_unreadable_photos_ends_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MOST_UNREADABLE", 20)
     with pytest.raises(DataError, match="20 unreadable photos in a row: check the folder"):
         list(dataset.batches("train"))
-    with pytest.raises(DataError, match="no readable images for train"):
+    with pytest.raises(DataError, match="no readable image for train"):
         dataset.keep_readable("train")
 
 
