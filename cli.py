@@ -1,13 +1,11 @@
 """The command line: options that every script has, the device, and errors in one line.
 
-You can skip this file: it has no lesson. Each script builds its options on `make_parser`,
-reads them with `parse`, and starts with `run(main)`.
+You can skip this file: it has no lesson.
 """
 
 import argparse
 import ctypes
 import os
-import shlex
 import signal
 import sys
 import warnings
@@ -18,19 +16,18 @@ import torch
 from torch import distributed
 
 if "MPLBACKEND" in os.environ and "ipykernel" not in sys.modules:
-    # It is a notebook's setting, and names a backend that this environment may lack.
-    os.environ["MPLBACKEND"] = "agg"  # pictures are only written to files
+    # A notebook's backend may be missing here, and pictures are only written to files.
+    os.environ["MPLBACKEND"] = "agg"
 
 # Options of mallopt, by their numbers in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 ADVICE = {  # part of an error of PyTorch: problem and fix
+    "out of memory": "not enough memory: lower --batch-size or --image-size",
     "allocate memory": "not enough memory: lower --batch-size or --image-size",
     "DataLoader worker": "a worker ended: use --workers 0, or more shared memory (/dev/shm)",
-    "shared memory": "use --workers 0, or more shared memory (/dev/shm)",
-    "ancdata": "too many open files: use --workers 0, or raise `ulimit -n`",
+    "/torch_": "no shared memory: use --workers 0, or more of it (/dev/shm)",
     "Connection closed by peer": "another process of torchrun ended: see its message",
-    "Timed out waiting": "another process of torchrun does not answer: see its messages",
 }
 
 
@@ -38,9 +35,7 @@ class UserError(Exception):
     """A problem that the user can solve. The message names the problem and the fix."""
 
 
-class HelpFormatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show the default of an option, unless its help text describes it."""
 
     def _get_help_string(self, action):
@@ -71,7 +66,7 @@ def in_range(kind, low, high):
 
 def make_parser(description, data, out, batch_size=None):
     """Make a parser with the options that every script has, and these defaults."""
-    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
     names = "glyphs, digits, mnist, fashion-mnist, cifar10, flowers"
     add("--data", default=data, help=f"{names}, or a folder of images")
@@ -80,11 +75,9 @@ def make_parser(description, data, out, batch_size=None):
     text = "image side in pixels (default: the checkpoint's, or the dataset's)"
     add("--image-size", type=in_range(int, 8, 1024), help=text)
     text = "images per step, all processes together"
-    if batch_size is None:
-        text += " (default: the recipe's)"
+    text += "" if batch_size else " (default: the recipe's)"
     add("--batch-size", type=in_range(int, 2, 65536), default=batch_size, help=text)
-    # On a CPU, workers would compete with the network.
-    workers = 4 if torch.cuda.is_available() else 0
+    workers = 4 if torch.cuda.is_available() else 0  # on a CPU they would slow the network
     text = "processes that decode photos"
     add("--workers", type=in_range(int, 0, 64), default=workers, help=text)
     add("--seed", type=in_range(int, 0, 10**6), default=0, help="seed of all random choices")
@@ -113,17 +106,9 @@ def choose_device(name):
     try:
         torch.ones(1, device=name).item()
     except Exception as error:  # each backend has its own kind of exception
-        fix = "use auto or cpu"
-        raise UserError(f"--device {name}: not available on this machine; {fix}") from error
+        problem = f"--device {name}: not available on this machine"
+        raise UserError(f"{problem}; use auto or cpu") from error
     return name
-
-
-def print_next(script, **options):
-    """Print a command that can be pasted into a terminal."""
-    words = ["python", script]
-    for name, value in options.items():
-        words += [f"--{name}", str(value)]
-    print(f"next: {shlex.join(words)}")
 
 
 def keep_freed_memory():
@@ -135,14 +120,10 @@ def keep_freed_memory():
 
 
 def run(main, *errors):
-    """Run a script. A problem that the user can solve ends in one line and exit code 2.
-
-    errors: kinds of exceptions, besides UserError, that mean such a problem.
-    """
+    """Run a script. A UserError, or one of `errors`, ends in one line and exit code 2."""
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
-    with suppress(AttributeError):  # the output of a notebook
-        # A console may lack the letters of a class name.
+    with suppress(AttributeError):  # a notebook; a console may lack the letters of a name
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error line is enough
     warnings.filterwarnings("ignore", module="PIL")  # unusual files that are readable
@@ -161,8 +142,7 @@ def run(main, *errors):
     except OSError as error:
         message = f"{error}: check permissions and free space, or use another folder"
     except RuntimeError as error:
-        text = "allocate memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
-        known = [advice for part, advice in ADVICE.items() if part in text]
+        known = [advice for part, advice in ADVICE.items() if part in str(error)]
         if not known:
             raise
         message = known[0]

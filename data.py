@@ -334,6 +334,7 @@ class Data:
     repeats: int = 1  # passes over the training images per epoch
     batch_size: int = 128  # of all processes together
     workers: int = 0  # processes that decode photos
+    device: str = "cpu"  # where small images are augmented
     # split -> bool (N,): photos that could not be read. The workers share it.
     unreadable: dict = field(default_factory=dict)
 

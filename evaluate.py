@@ -19,6 +19,7 @@ import glob
 import io
 import json
 import os
+import shlex
 import unicodedata
 from collections import Counter
 from functools import partial
@@ -350,6 +351,14 @@ def class_names(checkpoint):
     return [f"class {index}" for index in range(count)]
 
 
+def print_next(script, **options):
+    """Print a command that can be pasted into a terminal."""
+    words = ["python", script]
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    print(f"next: {shlex.join(words)}")
+
+
 def evaluate(args):
     """Score a checkpoint on labelled images, and write the report and the pictures."""
     model, checkpoint, dataset, split = load_test(args)
@@ -396,7 +405,7 @@ def evaluate(args):
     draw(args.out / "explanation.png", EXPLANATION, indices=explained, explain=model)
     print(f"\nwrote the results to {args.out}")
     out = f"{args.checkpoint.removesuffix('/best.pt')}-export"
-    cli.print_next("export.py", checkpoint=args.checkpoint, data=args.data, out=out)
+    print_next("export.py", checkpoint=args.checkpoint, data=args.data, out=out)
 
 
 def find_images(arguments):

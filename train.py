@@ -38,7 +38,7 @@ except ImportError:  # Windows
 
 import cli
 import data
-from evaluate import plot_history, predict, score, write_table
+from evaluate import plot_history, predict, print_next, score, write_table
 from mobilenetv2 import CheckpointError, MobileNetV2, load_checkpoint, save_checkpoint
 
 # The settings of a run. The command line overrides them.
@@ -291,23 +291,6 @@ def exponential(step, steps_per_epoch):
     return 0.98 ** (step // steps_per_epoch)
 
 
-def make_loss(name, label_smoothing=0.0):
-    """Return the loss function: (logits (N, C), labels (N,)) -> scalar."""
-    if name == "cross-entropy":
-        # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that
-        # logits need not grow without limit (Szegedy et al., arXiv:1512.00567, §7).
-        # cross_entropy applies softmax.
-        return partial(functional.cross_entropy, label_smoothing=label_smoothing)
-    if name == "focal":
-        return focal_loss
-    if name == "dice":
-        return dice_loss
-    raise cli.UserError(f"unknown loss '{name}': use {', '.join(LOSSES)}")
-
-
-LOSSES = ("cross-entropy", "focal", "dice")
-
-
 def focal_loss(logits, labels, gamma=2.0):
     """FL = -(1 - p)^gamma · log p, with the probability p of the true class.
 
@@ -335,6 +318,24 @@ def dice_loss(logits, labels):
     total = p.square().sum(dim=0) + g.sum(dim=0)  # (C,)
     overlap = (2 * common + 1) / (total + 1)
     return 1 - overlap.mean()
+
+
+LOSSES = {
+    "cross-entropy": functional.cross_entropy,  # applies softmax itself
+    "focal": focal_loss,
+    "dice": dice_loss,
+}
+
+
+def make_loss(name, label_smoothing=0.0):
+    """Return the loss function: (logits (N, C), labels (N,)) -> scalar."""
+    if name not in LOSSES:
+        raise cli.UserError(f"unknown loss '{name}': use {', '.join(LOSSES)}")
+    if name == "cross-entropy":
+        # Label smoothing s: 1 - s for the true class, and s shared by all classes, so that
+        # logits need not grow without limit (Szegedy et al., arXiv:1512.00567, §7).
+        return partial(functional.cross_entropy, label_smoothing=label_smoothing)
+    return LOSSES[name]
 
 
 # ---------------------------------------------------------------- mixed precision and torchrun
@@ -609,9 +610,7 @@ def finish(args, dataset, history):
         print("warning: guessing has a lower loss; use more epochs or a lower --learning-rate")
     print(f"{args.out} has {', '.join(sorted(os.listdir(args.out)))}")
     best = args.out / "best.pt"
-    cli.print_next(
-        "evaluate.py", checkpoint=best, data=args.data, out=f"{args.out}-evaluation"
-    )
+    print_next("evaluate.py", checkpoint=best, data=args.data, out=f"{args.out}-evaluation")
 
 
 if __name__ == "__main__":
