@@ -874,8 +874,8 @@ def split_folder(root, paths, labels, share=0.2, salt=""):
     for label in labels.unique():
         hashes = []
         for index in (labels == label).nonzero().flatten().tolist():
-            path = Path(paths[index]).relative_to(root)
-            name = normalize("NFC", path.as_posix())
+            inside = os.path.relpath(paths[index], root).replace(os.sep, "/")
+            name = normalize("NFC", inside)
             digest = hashlib.sha256(f"{salt}{name}".encode(errors="surrogateescape")).digest()
             hashes.append((digest, index))
         order = [index for _, index in sorted(hashes)]

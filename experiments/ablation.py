@@ -169,7 +169,7 @@ def plot(curves, table, args):
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Formatter)
     add = parser.add_argument
     add("--data", default="glyphs", help="dataset, or folder of images")
     add("--data-dir", type=Path, default=Path("datasets"), help="folder for downloads")

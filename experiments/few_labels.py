@@ -97,7 +97,7 @@ def plot(results, budgets, args):
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Formatter)
     add = parser.add_argument
     add("--data", default="digits", help="dataset, or folder of images")
     add("--data-dir", type=Path, default=Path("datasets"), help="folder for downloads")

@@ -91,7 +91,7 @@ def draw(path, results, budgets):
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Formatter)
     folder = Path("runs/few_labels")
     parser.add_argument(
         "--csv", type=Path, default=folder / "few_labels.csv", help="measured accuracies"

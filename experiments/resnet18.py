@@ -122,7 +122,7 @@ def networks(args):
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Formatter)
     add = parser.add_argument
     epochs = cli.in_range(int, 1, 10**5)
     add("--data", default="mnist", help="dataset, or folder of images")

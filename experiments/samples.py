@@ -55,7 +55,7 @@ def draw(path, originals, resized, labels, logits):
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Formatter)
     add = parser.add_argument
     add("--checkpoint", default="runs/finetune/best.pt", help="network for digits")
     add("--out", type=Path, default=Path("runs/evaluate/digits.png"), help="picture")

@@ -52,7 +52,7 @@ def split(source, paths, labels, val_share, test_share, seed):
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Formatter)
     add = parser.add_argument
     add("source", type=Path, help="folder with one folder per class")
     add("target", type=Path, help="new folder")
