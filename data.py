@@ -24,6 +24,7 @@ import cli  # before matplotlib, because it checks the backend
 # isort: split
 import gzip
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -50,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import datasets
 from torchvision.transforms import v2
 
-# Preprocessing. Mean and std are for pixels in 0..1. crop: used share of the shorter side.
+# Preprocessing. Mean and std are for pixels in 0..1. crop: share of the shorter side to keep.
 SMALL_IMAGE = {
     "image_size": 32,
     "crop": 1.0,
@@ -66,8 +67,8 @@ PHOTO = {
     "std": [0.229, 0.224, 0.225],
 }
 FOLDER_EPOCH = 320  # a small folder is repeated until an epoch has this many images
-# Channels last is faster; on Apple's GPUs, gradients are 30 times slower
-# (pytorch/pytorch#193349).
+# The order of numbers in memory. Channels last makes convolutions faster, except on Apple's
+# GPUs: there, gradients become 30 times slower (pytorch/pytorch#193349).
 MEMORY_FORMAT = torch.channels_last
 if torch.backends.mps.is_available():
     MEMORY_FORMAT = torch.contiguous_format
@@ -90,17 +91,21 @@ def reading(problem, fix):
 
 
 # --------------------------------------------------------------------- one image, or one batch
+def mean_and_std(preprocessing, device):
+    """Return both as one tensor (2, 3, 1, 1): a value per channel, for pixels in 0..1."""
+    values = [preprocessing["mean"], preprocessing["std"]]
+    return torch.tensor(values, device=device).view(2, 3, 1, 1)
+
+
 def normalise(images, preprocessing):
     """Subtract mean, divide by std: (N, 1 or 3, S, S) in 0..255 -> float (N, 3, S, S)."""
-    mean = 255 * torch.tensor(preprocessing["mean"], device=images.device).view(3, 1, 1)
-    std = 255 * torch.tensor(preprocessing["std"], device=images.device).view(3, 1, 1)
+    mean, std = 255 * mean_and_std(preprocessing, images.device)
     return (images - mean) / std  # a grayscale image fills all three channels
 
 
 def to_pixels(images, preprocessing):
     """Undo `normalise`: float (N, 3, S, S) -> float (N, 3, S, S) in 0..1, on the CPU."""
-    mean = torch.tensor(preprocessing["mean"]).view(3, 1, 1)
-    std = torch.tensor(preprocessing["std"]).view(3, 1, 1)
+    mean, std = mean_and_std(preprocessing, "cpu")
     return (images.cpu() * std + mean).clamp(0, 1)
 
 
@@ -108,9 +113,7 @@ def resize(images, size):
     """Resize (N, C, H, W) of any type -> float (N, C, size, size), bilinear."""
     if images.shape[-2:] == (size, size):
         return images.float()
-    return functional.interpolate(
-        images.float(), (size, size), mode="bilinear", antialias=True
-    )
+    return functional.interpolate(images.float(), size, mode="bilinear", antialias=True)
 
 
 def shift_and_flip(images, size, shift=1 / 8):
@@ -121,20 +124,16 @@ def shift_and_flip(images, size, shift=1 / 8):
     Shape: uint8 (N, C, H, H) -> float (N, C, size, size) in 0..255.
     """
     count, _, side, _ = images.shape
+    device = images.device
     border = round(side * shift)
     padded = functional.pad(images, [border] * 4)
-    pixels = torch.arange(side, device=images.device)
-    # Pixel (y, x) of image i comes from row y + top[i] and column x + left[i] of the padded
-    # image.
-    top, left = torch.randint(2 * border + 1, (2, count, 1), device=images.device)
-    rows = top + pixels  # (N, H)
-    columns = left + pixels  # (N, H)
-    mirrored = torch.rand(count, 1, device=images.device) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    numbers = torch.arange(count, device=images.device)[:, None, None]
-    # Indexing puts the channels last: (N, H, H, C).
-    shifted = padded.movedim(1, 3)[numbers, rows[:, :, None], columns[:, None, :]]
-    return resize(shifted.movedim(3, 1), size)
+    # A view of all windows of H × H pixels in the padded images. windows[i, :, y, x] begins
+    # in row y and column x of image i.
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)
+    top, left = torch.randint(2 * border + 1, (2, count), device=device)
+    shifted = windows[torch.arange(count, device=device), :, top, left]  # (N, C, H, H)
+    mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
+    return resize(torch.where(mirrored, shifted.flip(3), shifted), size)
 
 
 # Largest random change of each kind in `distort`, in training.
@@ -176,37 +175,33 @@ def distort(images, size, limits=DISTORTION):
         """One value per image (or one array of this shape), from -limit to limit."""
         return (2 * torch.rand(count, *shape, device=images.device) - 1) * limits[name]
 
-    # Each image has its own matrix, which maps output to input coordinates (from -1 to 1):
-    # rotation · slant · scale, then shift.
+    # Each image has its own 2 × 3 matrix, which maps output to input coordinates (from -1 to
+    # 1). Its last column is a shift. The others are a product of rotation, slant and scale:
+    #     [cos  -sin]   [1  slant]   [scale_x     0   ]
+    #     [sin   cos] · [0    1  ] · [   0     scale_y]
     angle = random("rotation")
     slant = random("slant")
     scale_x = random("scale").exp()
     scale_y = random("scale").exp()
-    zero = torch.zeros_like(angle)
-    one = torch.ones_like(angle)
     cos = angle.cos()
     sin = angle.sin()
-    rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
-    lean = torch.stack([one, slant, zero, one], dim=1).view(-1, 2, 2)
-    stretch = torch.stack([scale_x, zero, zero, scale_y], dim=1).view(-1, 2, 2)
-    linear = rotate @ lean @ stretch
-    shift = torch.stack([random("shift"), random("shift")], dim=1)
-    matrix = torch.cat([linear, shift[:, :, None]], dim=2)  # (N, 2, 3)
+    first_row = [cos * scale_x, (cos * slant - sin) * scale_y, random("shift")]
+    second_row = [sin * scale_x, (sin * slant + cos) * scale_y, random("shift")]
+    matrix = torch.stack(first_row + second_row, dim=1).view(count, 2, 3)  # from (N, 6)
     grid = functional.affine_grid(matrix, (count, 1, size, size), align_corners=False)
     # A smooth warp: 4 × 4 random vectors, interpolated to one per pixel.
-    warp = functional.interpolate(random("warp", 2, 4, 4), size=(size, size), mode="bicubic")
+    warp = functional.interpolate(random("warp", 2, 4, 4), size, mode="bicubic")
     grid = grid + warp.permute(0, 2, 3, 1)  # (N, S, S, 2)
     images = functional.grid_sample(images, grid, align_corners=False)
     # Stroke width: mix with the maximum (thicker) or minimum (thinner) of each 3 × 3 area.
     stroke = random("stroke", 1, 1, 1)
     thick = functional.max_pool2d(images, 3, stride=1, padding=1)
     thin = -functional.max_pool2d(-images, 3, stride=1, padding=1)
-    thicker = stroke.clamp(min=0) * (thick - images)
-    thinner = stroke.clamp(max=0) * (thin - images)
-    images = images + thicker - thinner
+    extreme = torch.where(stroke > 0, thick, thin)
+    images = images + stroke.abs() * (extreme - images)
     # Blur: mix with a quarter of the resolution, similar to the 8 × 8 digits.
     coarse = functional.adaptive_avg_pool2d(images, max(size // 4, 1))
-    coarse = functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    coarse = functional.interpolate(coarse, size, mode="bilinear")
     blur = random("blur", 1, 1, 1).abs().clamp(max=1)
     images = torch.lerp(images, coarse, blur)
     brightest = images.amax(dim=(1, 2, 3), keepdim=True)
@@ -256,16 +251,15 @@ class Batches:
     labels: torch.Tensor  # (N,)
     batch_size: int
     transform: object = None  # function of a batch of inputs
-    shuffle: bool = (
-        False  # also leave out an incomplete last batch: BatchNorm needs two images
-    )
+    # In training. It also leaves out an incomplete last batch: BatchNorm needs two images.
+    shuffle: bool = False
     repeats: int = 1  # passes over all items per epoch
 
     def __len__(self):
         count = self.repeats * len(self.labels)
-        if self.shuffle and count > self.batch_size:
+        if self.shuffle and count > self.batch_size:  # otherwise keep the only batch
             return count // self.batch_size
-        return -(-count // self.batch_size)  # rounded up
+        return math.ceil(count / self.batch_size)
 
     def __iter__(self):
         order = torch.arange(len(self.labels))
@@ -350,8 +344,8 @@ class Data:
             raise DataError(
                 "too few images for all processes: use fewer, or raise --batch-size"
             )
-        whole = indices is None
-        if whole:
+        share = indices is None
+        if share:
             end = len(labels)
             if split == "train":
                 # Equal shares, so that all processes take the same number of steps.
@@ -362,25 +356,26 @@ class Data:
         batch_size = self.batch_size // processes
         repeats = self.repeats if augmented else 1
         if self.kind == "photos":
-            workers = {
-                "num_workers": self.workers,
-                "pin_memory": self.device.startswith("cuda"),
-            }
+            photos = PhotoDataset(images, labels, self.preprocessing)
+            if share:
+                # A photo that an earlier epoch has reported is not reported again.
+                photos.unreadable = self.unreadable.setdefault(split, photos.unreadable)
+            sampler = None  # in order
+            count = repeats * len(labels)
+            if augmented:
+                photos.augment = self.augment
+                sampler = RandomSampler(photos, num_samples=count)
+            context = None  # the system's default way to start workers
             if self.workers > 0 and sys.platform == "linux":
-                # A new process per epoch: a copy of this one is ready in 0.1 s.
-                workers["multiprocessing_context"] = "fork"
-            dataset = PhotoDataset(images, labels, self.preprocessing)
-            if whole:
-                dataset.unreadable = self.unreadable.setdefault(split, dataset.unreadable)
-            if not augmented:
-                return DataLoader(dataset, batch_size, **workers)
-            dataset.augment = self.augment
+                context = "fork"  # each epoch starts new workers: a copy takes only 0.1 s
             return DataLoader(
-                dataset,
+                photos,
                 batch_size,
-                sampler=RandomSampler(dataset, num_samples=repeats * len(labels)),
-                drop_last=repeats * len(labels) > batch_size,
-                **workers,
+                sampler=sampler,
+                drop_last=augmented and count > batch_size,
+                num_workers=self.workers,
+                multiprocessing_context=context,
+                pin_memory=self.device.startswith("cuda"),
             )
 
         def transform(batch):
@@ -404,12 +399,11 @@ class Data:
         paths, labels = self.splits[split]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             errors = list(threads.map(find_error, paths))
-        errors_found = [error for error in errors if error is not None]
-        if len(errors_found) == len(errors):
-            raise DataError(f"no readable image for {split}: {errors_found[0]}")
-        for number, error in enumerate(errors_found, start=1):
-            report_unreadable(error, number)
         kept = torch.tensor([error is None for error in errors])
+        if not kept.any():
+            raise DataError(f"no readable image for {split}: {errors[0]}")
+        for number, error in enumerate(filter(None, errors), start=1):
+            report_unreadable(error, number)
         self.splits[split] = paths[kept.numpy()], labels[kept]
 
 
@@ -477,43 +471,34 @@ def load_digits(size, data_dir=None):
         labels = torch.from_numpy(file["labels"]).long()
     grey = (counts[:, None] * (255 / 16)).round()
     images = resize(grey, size).round().byte()  # (1797, 1, S, S)
-    test = torch.arange(len(labels)) >= 898
-    val = torch.zeros(len(labels), dtype=torch.bool)
+    first_half = torch.arange(len(labels)) < 898
+    val = torch.zeros_like(first_half)
     for digit in range(10):
-        first_half = ((labels == digit) & ~test).nonzero().flatten()
-        val[first_half[::5]] = True
-    train = ~val & ~test
-    splits = {
-        "train": (images[train], labels[train]),
-        "val": (images[val], labels[val]),
-        "test": (images[test], labels[test]),
-    }
+        indices = (first_half & (labels == digit)).nonzero().flatten()
+        val[indices[::5]] = True
+    masks = {"train": first_half & ~val, "val": val, "test": ~first_half}
+    splits = {split: (images[mask], labels[mask]) for split, mask in masks.items()}
     return list("0123456789"), splits
 
 
 # ----------------------------------------------------------------- MNIST and CIFAR-10, flowers
+# In file names, "-" or "." takes the place of "?".
 IDX_FILES = ("train-images?idx3", "train-labels?idx1", "t10k-images?idx3", "t10k-labels?idx1")
 
 
 def load_idx(kind, size, data_dir):
     """Load MNIST or Fashion-MNIST. kind: torchvision's class, which can download the files."""
     found = []
-    for name in IDX_FILES:
-        found.append(
-            [path for path in sorted(data_dir.glob(f"{name}-ubyte*")) if path.is_file()]
-        )
-    if all(found):  # in data_dir itself, compressed or not
-        train_images, train_labels, test_images, test_labels = [
-            read_idx(files[0]) for files in found
-        ]
+    for name in IDX_FILES:  # in data_dir itself, compressed or not
+        paths = sorted(data_dir.glob(f"{name}-ubyte*"))
+        found += [path for path in paths if path.is_file()][:1]
+    if len(found) == len(IDX_FILES):
+        arrays = [read_idx(path) for path in found]
     else:
         train, test = download(kind, data_dir, f"the four .gz files of {kind.mirrors[0]}")
-        train_images, train_labels = train.data, train.targets
-        test_images, test_labels = test.data, test.targets
-    train = train_images[:, None], train_labels  # (N, 1, H, W)
-    test = test_images[:, None], test_labels
+        arrays = [train.data, train.targets, test.data, test.targets]
     classes = [name.partition(" - ")[0] for name in kind.classes]  # not "0 - zero"
-    return classes, make_splits(train, test, size, data_dir)
+    return classes, make_splits(*arrays, size, data_dir)
 
 
 def read_idx(path):
@@ -529,34 +514,40 @@ def read_idx(path):
 def load_cifar10(size, data_dir):
     """Load CIFAR-10: 32 × 32 pixels in colour."""
     train, test = download(datasets.CIFAR10, data_dir, datasets.CIFAR10.url)
-    pairs = []
+    arrays = []
     for part in (train, test):
         images = torch.from_numpy(part.data).movedim(3, 1)  # (N, H, W, 3) -> (N, 3, H, W)
-        pairs.append((images, torch.tensor(part.targets)))
-    return train.classes, make_splits(*pairs, size, data_dir)
+        arrays += [images, torch.tensor(part.targets)]
+    return train.classes, make_splits(*arrays, size, data_dir)
 
 
 def download(kind, data_dir, source):
     """Return torchvision's training and test dataset, from data_dir or downloaded into it."""
-    name = {datasets.FashionMNIST: "fashion-mnist"}.get(kind, kind.__name__.lower())
+    name = kind.__name__.lower()
+    if kind is datasets.FashionMNIST:
+        name = "fashion-mnist"
     fix = f"download {source} into '{data_dir}/{name}', and use it as --data-dir"
     with reading(f"--data {name}: no files, and no download", fix):
         return [kind(data_dir, train=train, download=True) for train in (True, False)]
 
 
-def make_splits(train, test, size, data_dir):
-    """Use the last tenth of train = (images, labels) for validation. Returns the splits."""
-    images, labels = train
-    cut = len(images) - max(len(images) // 10, 1)
+def make_splits(train_images, train_labels, test_images, test_labels, size, data_dir):
+    """Use the last tenth of the training images for validation. Returns the splits.
+
+    Shape of images: (N, C, H, W), or (N, H, W) in grayscale.
+    """
+    cut = len(train_images) - max(len(train_images) // 10, 1)
     splits = {
-        "train": (images[:cut], labels[:cut]),
-        "val": (images[cut:], labels[cut:]),
-        "test": test,
+        "train": (train_images[:cut], train_labels[:cut]),
+        "val": (train_images[cut:], train_labels[cut:]),
+        "test": (test_images, test_labels),
     }
     for split, (images, labels) in splits.items():
         if len(images) != len(labels):
             problem = f"{split} has {len(images)} images, {len(labels)} labels"
             raise DataError(f"'{data_dir}': {problem}: replace it")
+        if images.dim() == 3:
+            images = images[:, None]
         if size <= 64:  # resize once, not in every epoch; larger images would fill the memory
             parts = [resize(part, size).round().byte() for part in images.split(1024)]
             images = torch.cat(parts)
@@ -658,40 +649,41 @@ def is_hidden(name):
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
-def list_images(folder, left_out):
-    """List the images below a folder: sorted paths. left_out: Counter of all other files."""
-    paths = []
-    for place, folders, files in os.walk(folder, onerror=raise_error):
-        left_out["hidden folders"] += sum(is_hidden(name) for name in folders)
-        # os.walk enters only the folders that stay in this list.
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if is_hidden(name):
-                left_out["hidden files"] += 1
-            elif suffix not in IMAGE_SUFFIXES:
-                left_out[f"{suffix or 'nameless'} files"] += 1
-            else:
-                paths.append(os.path.join(place, name))
-    return sorted(paths)
+def list_inside(folder, left_out):
+    """List a folder: (names of its subfolders, names of its images), sorted.
 
-
-def raise_error(error):
-    raise error
-
-
-def list_inside(folder):
-    """List a folder: (names of its visible subfolders, names of its images), sorted."""
+    left_out: a Counter, to which the numbers of all other files are added.
+    """
     folders = []
     images = []
-    for entry in os.scandir(folder):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if is_hidden(entry.name):
-            continue
-        if entry.is_dir():
+            left_out["hidden folders" if entry.is_dir() else "hidden files"] += 1
+        elif entry.is_dir():
             folders.append(entry.name)
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             images.append(entry.name)
-    return sorted(folders), sorted(images)
+        else:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            left_out[f"{suffix or 'nameless'} files"] += 1
+    return folders, images
+
+
+def has_folders(folder):
+    """Check whether a folder has visible subfolders: a split has, a class usually has not."""
+    folders, _ = list_inside(folder, Counter())
+    return len(folders) > 0
+
+
+def list_images(folder, left_out):
+    """List the images in a folder and its subfolders: sorted paths. See `list_inside`."""
+    folders, images = list_inside(folder, left_out)
+    paths = [os.path.join(folder, name) for name in images]
+    for name in folders:
+        subfolder = os.path.join(folder, name)
+        if not os.path.islink(subfolder):  # a link may lead to a folder that contains it
+            paths += list_images(subfolder, left_out)
+    return sorted(paths)
 
 
 def split_of(name):
@@ -704,15 +696,17 @@ def split_of(name):
 
 
 def unwrap(folder, split=None):
-    """Enter folders with nothing but one folder: photos/photos/<class> -> photos/photos."""
-    while True:
-        inner, images = list_inside(folder)
-        if len(inner) != 1 or images or split_of(inner[0]) not in (None, split):
-            return folder
-        subfolders, _ = list_inside(folder / inner[0])
-        if not subfolders:  # a class
-            return folder
-        folder = folder / inner[0]
+    """Enter a folder whose only content is a folder: photos/photos/<class> -> photos/photos.
+
+    Archives often have such a folder. The only folder is not entered if it is a class, or if
+    its name is that of another split than `split`.
+    """
+    folders, images = list_inside(folder, Counter())
+    if len(folders) != 1 or images or split_of(folders[0]) not in (None, split):
+        return folder
+    if not has_folders(folder / folders[0]):  # a class
+        return folder
+    return unwrap(folder / folders[0], split)
 
 
 def find_splits(root, left_out):
@@ -722,11 +716,10 @@ def find_splits(root, left_out):
     """
     splits = {}
     others = []
-    names, _ = list_inside(root)
+    names, _ = list_inside(root, Counter())
     for name in names:
         split = split_of(name)
-        subfolders, _ = list_inside(root / name)
-        if split is None or not subfolders:
+        if split is None or not has_folders(root / name):
             others.append(name)
         elif split in splits:
             problem = f"both '{splits[split].name}' and '{name}' are folders for {split}"
@@ -742,11 +735,11 @@ def find_splits(root, left_out):
 
 def list_classes(root, left_out):
     """List root/<class>/...: {class name: paths}."""
-    names, images = list_inside(root)
+    names, images = list_inside(root, Counter())
     left_out[f"images outside class folders in '{root}'"] = len(images)
     classes = {}
     for name in names:
-        subfolders, images = list_inside(root / name)
+        subfolders, images = list_inside(root / name, Counter())
         if split_of(name) == "test" and len(names) > 2 and not subfolders:
             left_out[UNLABELLED.format(root / name)] = len(images)
             continue
@@ -775,8 +768,10 @@ def load_folder(size, root, training=True, trained_on=None):
     root = unwrap(root)
     left_out = Counter()
     folders = find_splits(root, left_out) or {"train": root}
-    folders = {split: folders[split] for split in ("train", "val", "test") if split in folders}
-    found = {split: list_classes(folder, left_out) for split, folder in folders.items()}
+    found = {}
+    for split in ("train", "val", "test"):
+        if split in folders:
+            found[split] = list_classes(folders[split], left_out)
     classes = sort_names({name for images in found.values() for name in images})
     if len(classes) < 2 and training:
         raise DataError(f"'{root}': training needs at least two class folders with images")
@@ -789,8 +784,12 @@ def load_folder(size, root, training=True, trained_on=None):
         print(f"left out: {', '.join(reasons)}")
     splits = choose_splits(root, folders, splits, training, trained_on)
     for split, (paths, _) in splits.items():
-        print(f"{split}: {len(paths)} images of '{folders.get(split, folders.get('train'))}'")
-    print(f"{len(classes)} classes: {', '.join(classes[:5])}" + ", ..." * (len(classes) > 5))
+        folder = folders.get(split) or folders["train"]  # others are made from train
+        print(f"{split}: {len(paths)} images of '{folder}'")
+    names = ", ".join(classes[:5])
+    if len(classes) > 5:
+        names += ", ..."
+    print(f"{len(classes)} classes: {names}")
     return classes, splits
 
 
@@ -807,8 +806,9 @@ def index_images(images, classes):
     paths = []
     labels = []
     for label, name in enumerate(classes):
-        paths += images.get(name, [])
-        labels += [label] * len(images.get(name, []))
+        found = images.get(name, [])
+        paths += found
+        labels += [label] * len(found)
     return numpy.array(paths, dtype=object), torch.tensor(labels, dtype=torch.long)
 
 
@@ -824,7 +824,10 @@ def check_classes(folder, images, classes, required):
 
 
 def choose_splits(root, folders, splits, training, trained_on):
-    """Return the splits that `load_folder` has found, with val or test made from train."""
+    """Choose among the splits of a folder, and make val or test from train if one is missing.
+
+    Training needs train and val. Evaluation needs test, or else val: see `load_folder`.
+    """
     if "train" not in splits:
         if training:
             raise DataError(f"'{root}' has {', '.join(splits)}, but no train: add this folder")
@@ -832,17 +835,21 @@ def choose_splits(root, folders, splits, training, trained_on):
     paths, labels = splits["train"]
     if not training and len(splits) == 1 and fingerprint(paths) != trained_on:
         return {"test": splits["train"]}
-    if "val" in splits or not training and "test" in splits:
+    if "val" in splits or ("test" in splits and not training):
         return splits
     print("no val folder: a fifth of each class in train is for validation, always the same")
     train, val = split_folder(folders["train"], paths, labels)
-    chosen = {
+    del splits["train"]
+    return {
         "train": (paths[train], labels[train]),
         "val": (paths[val], labels[val]),
+        **splits,  # perhaps test
     }
-    if "test" in splits:
-        chosen["test"] = splits["test"]
-    return chosen
+
+
+def compute_hash(text):
+    """Compute the SHA-256 of a text, which may have bytes of file names that are not UTF-8."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def fingerprint(paths):
@@ -850,35 +857,38 @@ def fingerprint(paths):
     paths = sorted(paths, key=os.path.basename)
     names = "/".join(os.path.basename(path) for path in paths)
     sizes = [os.path.getsize(path) for path in paths[:: len(paths) // 1000 + 1]]
-    return hashlib.sha256(f"{names}{sizes}".encode(errors="surrogateescape")).hexdigest()
+    return compute_hash(f"{names}{sizes}")
 
 
 def describe_training(dataset):
     """Describe the images that a network is trained on, for its checkpoint."""
     about = {split: len(labels) for split, (_, labels) in dataset.splits.items()}
     if dataset.kind == "photos":
-        paths = numpy.concatenate([dataset.splits[split][0] for split in ("train", "val")])
-        about["fingerprint"] = fingerprint(paths)
+        train, _ = dataset.splits["train"]
+        val, _ = dataset.splits["val"]
+        about["fingerprint"] = fingerprint([*train, *val])
     return about
 
 
 def split_folder(root, paths, labels, share=0.2, salt=""):
     """Choose a share of each class. Returns (indices of the others, indices of the share).
 
-    The order of hashes of the paths decides, so that a moved folder keeps its split. Another
+    The photos of a class are sorted by a hash of their path in `root`, and the first ones are
+    chosen. So a moved folder keeps its split, and a new photo hardly changes it. Another
     `salt` gives another split (experiments/split_photos.py). Raises DataError for a small
     class.
     """
+
+    prefix = os.path.join(root, "")
+
+    def path_hash(index):
+        inside = paths[index].removeprefix(prefix).replace(os.sep, "/")
+        return compute_hash(salt + normalize("NFC", inside))
+
     others = []
     chosen = []
     for label in labels.unique():
-        hashes = []
-        for index in (labels == label).nonzero().flatten().tolist():
-            inside = os.path.relpath(paths[index], root).replace(os.sep, "/")
-            name = normalize("NFC", inside)
-            digest = hashlib.sha256(f"{salt}{name}".encode(errors="surrogateescape")).digest()
-            hashes.append((digest, index))
-        order = [index for _, index in sorted(hashes)]
+        order = sorted((labels == label).nonzero().flatten().tolist(), key=path_hash)
         count = max(round(share * len(order)), 1)
         if count >= len(order):
             name = Path(paths[order[0]]).parent
@@ -910,8 +920,7 @@ DATASETS = {
     "mnist": {
         "load": partial(load_idx, datasets.MNIST),
         "kind": "small images",
-        # Mean and std of these four: measured on the training images, or ImageNet's for
-        # photos.
+        # Mean and std of this dataset and the next two: measured on their training images.
         "preprocessing": {**SMALL_IMAGE, "mean": [0.1307] * 3, "std": [0.3081] * 3},
         "augment": distort,
         "repeats": 1,
@@ -975,24 +984,24 @@ def load_data(
     load = entry["load"]
     if entry["kind"] == "photos":
         load = partial(load, training=training, trained_on=trained_on)
-    found, splits = load(preprocessing["image_size"], folder)
-    if classes and set(found) <= set(classes):
-        numbers = torch.tensor([classes.index(name) for name in found])
+    names, splits = load(preprocessing["image_size"], folder)
+    if classes and set(names) <= set(classes):
+        numbers = torch.tensor([classes.index(name) for name in names])
         splits = {
             split: (images, numbers[labels]) for split, (images, labels) in splits.items()
         }
-        found = list(classes)
+        names = list(classes)
     repeats = entry["repeats"]
     if "train" in splits and training:
         images, labels = splits["train"]
         if entry["kind"] == "photos":
-            repeats = -(-FOLDER_EPOCH // len(labels))  # rounded up
+            repeats = math.ceil(FOLDER_EPOCH / len(labels))
         if per_class is not None:
             kept = choose_per_class(labels, per_class, seed)
             splits["train"] = images[kept.numpy()], labels[kept]
             repeats = max(repeats * len(labels) // len(kept), 1)  # an epoch keeps its size
     return Data(
-        found,
+        names,
         preprocessing,
         splits,
         kind=entry["kind"],
@@ -1059,37 +1068,33 @@ def shorten(text):
 def plot_grid(path, title, images, names, colours=None, columns=8):
     """Draw images (N, 3, S, S) in 0..1 as a grid, each with its name above it."""
     columns = min(columns, max(len(images), 4))  # fewer would leave no space for the title
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.4), layout="constrained")
     figure.suptitle(title)
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+    colours = colours or ["black"] * len(images)
+    for number, (image, name, colour) in enumerate(zip(images, names, colours), start=1):
+        axes = figure.add_subplot(rows, columns, number)
         axes.axis("off")
-    for index, axes in zip(range(len(images)), figure.axes):
-        axes.imshow(images[index].permute(1, 2, 0).numpy(), interpolation="nearest")
-        name = "\n".join(shorten(line) for line in names[index].splitlines())
-        axes.set_title(name, color=colours[index] if colours else "black", fontsize=8)
+        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        lines = [shorten(line) for line in name.splitlines()]
+        axes.set_title("\n".join(lines), color=colour, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------- the script
-def describe(dataset):
-    """Format the image counts per class and split."""
-    lines = []
-    for split, (_, labels) in dataset.splits.items():
-        lines.append(f"{split}: {len(labels)} images")
-        counts = labels.bincount(minlength=len(dataset.classes)).tolist()
-        lines += [f"    {count:6}  {name}" for name, count in zip(dataset.classes, counts)]
-    return "\n".join(lines)
-
-
 def main():
     parser = cli.make_parser(__doc__, data="glyphs", out="runs/data", batch_size=256)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     args = cli.parse(parser)
     dataset = load_for(args)
+    print(f"{args.data}: {len(dataset.classes)} classes")
     for split in dataset.splits:
         dataset.keep_readable(split)
-    print(f"{args.data}: {len(dataset.classes)} classes\n{describe(dataset)}")
+        _, labels = dataset.splits[split]
+        print(f"{split}: {len(labels)} images")
+        counts = labels.bincount(minlength=len(dataset.classes)).tolist()
+        for name, count in zip(dataset.classes, counts):
+            print(f"    {count:6}  {name}")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     some = dataset.choose("train", 32)
@@ -1097,7 +1102,7 @@ def main():
     images = to_pixels(images, dataset.preprocessing)
     names = [dataset.classes[label] for label in labels]
     plot_grid(args.out / "samples.png", f"training images of {args.data}", images, names)
-    # One batch: nine augmentations of one image.
+    # An epoch of one image, repeated nine times, is one batch of nine augmentations.
     dataset.batch_size = 9
     dataset.repeats = 9
     augmented, _ = next(iter(dataset.batches("train", augmented=True, indices=some[:1])))
