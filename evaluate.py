@@ -36,6 +36,9 @@ from torchvision.models import MobileNet_V2_Weights
 import data
 from mobilenetv2 import CheckpointError, load_checkpoint, write_file
 
+CHECKPOINT_HELP = "checkpoint, file with torchvision's weights, or imagenet"
+UNKNOWN = -1  # the label of an image that has none
+
 
 @torch.inference_mode()
 def predict(model, batches):
@@ -143,9 +146,8 @@ def columns(name):
 
 
 # ------------------------------------------------------------------------------------ pictures
-GREEN, RED = "#1a7f37", "#cf222e"
-CHECKPOINT_HELP = "checkpoint, file with torchvision's weights, or imagenet"
-UNKNOWN = -1  # the label of an image that has none
+GREEN = "#1a7f37"
+RED = "#cf222e"
 EXPLANATION = "bright: evidence for the predicted class"
 SCORE_TITLES = {"top1": "accuracy (top 1)", "top5": "accuracy (top 5)"}
 
@@ -289,26 +291,24 @@ def write_text(path, text):
 
 def top_classes(logits, classes):
     """Return the three most probable classes of each image: lists of (name, probability)."""
-    probabilities, predictions = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
-    top = []
-    for indices, values in zip(predictions.tolist(), probabilities.tolist()):
-        top.append([(classes[index], value) for index, value in zip(indices, values)])
-    return top
+    top = logits.softmax(dim=1).topk(min(3, len(classes)), dim=1)
+    rows = []
+    for values, indices in zip(top.values.tolist(), top.indices.tolist()):
+        rows.append([(classes[index], value) for index, value in zip(indices, values)])
+    return rows
 
 
 def write_predictions(path, names, labels, logits, classes):
     """Write the name, true class and three most probable classes of each image."""
-    columns = (
-        ("predicted", "confidence"),
-        ("second", "confidence_2"),
-        ("third", "confidence_3"),
-    )
     rows = []
-    for name, label, best in zip(names, labels, top_classes(logits, classes)):
-        row = {"image": name, "true": "" if label == UNKNOWN else classes[label]}
-        for (name_column, value_column), (predicted, value) in zip(columns, best):
-            row[name_column] = predicted
-            row[value_column] = f"{value:.6f}"
+    for name, label, top in zip(names, labels, top_classes(logits, classes)):
+        row = {"image": name, "true": ""}
+        if label != UNKNOWN:
+            row["true"] = classes[label]
+        places = (("predicted", ""), ("second", "_2"), ("third", "_3"))
+        for (place, ending), (predicted, value) in zip(places, top):
+            row[place] = predicted
+            row[f"confidence{ending}"] = f"{value:.6f}"
         rows.append(row)
     write_table(path, rows)
 
@@ -326,16 +326,18 @@ def load_test(args):
         checkpoint["preprocessing"],
         classes=checkpoint["classes"],
         training=False,
+        # Only photos have a fingerprint. The training photos are no test split.
         trained_on=checkpoint.get("data", {}).get("fingerprint"),
     )
     found = dataset.classes
     if not checkpoint["classes"] and len(known) == len(found):
         known = found  # a file without class names: compare the numbers
     if known != found:
-        problem = f"'{args.checkpoint}' has {len(known)} classes ({known[:3]}...)"
-        problem += f", '{args.data}' {len(found)} ({found[:3]}...)"
-        fix = "use other --data, or fine-tune the network on these"
-        raise data.DataError(f"{problem}: {fix}")
+        raise data.DataError(
+            f"'{args.checkpoint}' has {len(known)} classes ({known[:3]}...), "
+            f"'{args.data}' {len(found)} ({found[:3]}...): "
+            "use other --data, or fine-tune the network on these"
+        )
     split = "test" if "test" in dataset.splits else "val"
     dataset.keep_readable(split)
     return model, checkpoint, dataset, split
@@ -385,7 +387,7 @@ def evaluate(args):
     }
     write_text(args.out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
     images, _ = dataset.splits[split]
-    names = images if dataset.kind == "photos" else range(len(images))
+    names = images if dataset.kind == "photos" else range(len(images))  # paths or numbers
     write_predictions(args.out / "predictions.csv", names, labels, logits, dataset.classes)
     plot_confusion(confusion, dataset.classes, args.out / "confusion.png")
     if checkpoint["history"]:
@@ -394,15 +396,17 @@ def evaluate(args):
     some = dataset.choose(split, 32).sort().values
     confidences = logits.softmax(dim=1).amax(dim=1)
     mistakes = (predictions != labels).nonzero().flatten()
-    mistakes = mistakes[confidences[mistakes].argsort(descending=True)][:32]
+    order = confidences[mistakes].argsort(descending=True)
+    mistakes = mistakes[order][:32]
     draw = partial(plot_predictions, dataset=dataset, split=split, logits=logits)
     title = "green: correct · red: true class → predicted class"
     draw(args.out / "samples.png", title, indices=some)
     draw(args.out / "mistakes.png", "most confident mistakes", indices=mistakes)
-    explained = ()  # only removes an older picture
+    explanation = args.out / "explanation.png"
+    explanation.unlink(missing_ok=True)  # of an earlier network
     if args.explain:
-        explained = torch.cat([mistakes[:8], some])[:16]
-    draw(args.out / "explanation.png", EXPLANATION, indices=explained, explain=model)
+        both = torch.cat([mistakes[:8], some])
+        draw(explanation, EXPLANATION, indices=both[:16], explain=model)
     print(f"\nwrote the results to {args.out}")
     out = f"{args.checkpoint.removesuffix('/best.pt')}-export"
     print_next("export.py", checkpoint=args.checkpoint, data=args.data, out=out)
@@ -444,16 +448,17 @@ def classify(args):
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     logits, labels = predict(model, dataset.batches("test"))
     print(f"{args.checkpoint}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
-    for path, best in zip(paths, top_classes(logits, classes)):
-        print(
-            f"{data.printable(path)}: {', '.join(f'{name} {value:.1%}' for name, value in best)}"
-        )
+    for path, top in zip(paths, top_classes(logits, classes)):
+        predicted = ", ".join(f"{name} {value:.1%}" for name, value in top)
+        print(f"{data.printable(path)}: {predicted}")
     write_predictions(args.out / "images.csv", paths, labels, logits, classes)
     draw = partial(plot_predictions, dataset=dataset, split="test", logits=logits)
     first = torch.arange(len(paths))[:32]
     draw(args.out / "images.png", "predicted class · confidence", indices=first)
-    explained = first[:16] if args.explain else ()  # none: only removes an older picture
-    draw(args.out / "images-explanation.png", EXPLANATION, indices=explained, explain=model)
+    explanation = args.out / "images-explanation.png"
+    explanation.unlink(missing_ok=True)  # of an earlier network
+    if args.explain:
+        draw(explanation, EXPLANATION, indices=first[:16], explain=model)
     print(f"\nwrote the results to {args.out}")
 
 

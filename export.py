@@ -69,10 +69,9 @@ class WithPreprocessing(nn.Module):
     def __init__(self, network, preprocessing):
         super().__init__()
         self.network = network
-        self.register_buffer(
-            "mean", 255 * torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1)
-        )
-        self.register_buffer("std", 255 * torch.tensor(preprocessing["std"]).view(1, 3, 1, 1))
+        for name in ("mean", "std"):  # for pixels in 0..255
+            values = 255 * torch.tensor(preprocessing[name])
+            self.register_buffer(name, values.view(1, 3, 1, 1))
 
     def forward(self, images):
         return self.network((images.float() - self.mean) / self.std).softmax(dim=1)
@@ -219,11 +218,10 @@ def measure(network, dataset, split, pixels):
     """Run a network on a split. Returns (outputs (N, num_classes), measurements)."""
     outputs = []
     labels = []
-    first = None
     for images, batch_labels in dataset.batches(split):
         images = to_input(images, dataset.preprocessing, pixels)
-        if first is None:
-            first = images[:16]
+        if not outputs:
+            first = images[:16]  # for the measurements below
         outputs.append(network(images))
         labels.append(batch_labels)
     outputs = torch.cat(outputs)
@@ -237,13 +235,15 @@ def measure(network, dataset, split, pixels):
         "accuracy": correct.double().mean().item(),
         "latency_ms": 1000 * statistics.median(seconds),
         "batch_difference": (outputs[:16] - single).abs().max().item(),
-        "range": outputs.abs().max().item(),
     }
 
 
-def find_fault(name, result, lost, images):
-    """Return the fault of a file, or None. lost: images that only the network knows."""
-    limit = TOLERANCE * max(result["range"], 1)
+def find_fault(name, result, limit, lost, images):
+    """Return the fault of a file, or None.
+
+    limit: largest difference of a float format. lost: images that the network has correct, but
+    not the file (net), of all `images`.
+    """
     if not result["batch_difference"] <= limit:  # NaN is a fault
         return "its outputs depend on the batch size"
     if name == "int8":
@@ -261,9 +261,11 @@ ROW = "{:<21} {:>6} {:>11} {:>9} {:>11}"
 def export_formats(names, folded, example, metadata, calibration, task, reference, out):
     """Write and verify each format. Returns ({file: measurements}, list of faults).
 
-    task: (dataset, split, pixels) of `measure`. reference: the network's result on it.
+    task: the arguments (dataset, split, pixels) of `measure`. reference: the result of
+    `measure` for the network.
     """
     expected, measured = reference
+    limit = TOLERANCE * max(expected.abs().max().item(), 1)
     formats = {}
     faults = []
     spawn = get_context("spawn")  # a process that has not built the network
@@ -288,7 +290,7 @@ def export_formats(names, folded, example, metadata, calibration, task, referenc
                 result["bytes"] = path.stat().st_size
                 result["largest_difference"] = (outputs - expected).abs().max().item()
                 lost = round((measured["accuracy"] - result["accuracy"]) * len(outputs))
-                fault = find_fault(name, result, lost, len(outputs))
+                fault = find_fault(name, result, limit, lost, len(outputs))
             except Exception as error:  # and so may a runtime
                 fault = error
             if fault is not None:
@@ -297,17 +299,15 @@ def export_formats(names, folded, example, metadata, calibration, task, referenc
                 continue
             write_file(out / file, path.read_bytes())
             formats[file] = result
-            print_row(file, result)
+            megabytes = f"{result['bytes'] / 1e6:.2f}"
+            print_row(file, result, megabytes, f"{result['largest_difference']:.1e}")
     return formats, faults
 
 
-def print_row(file, result):
-    megabytes = f"{result['bytes'] / 1e6:.2f}" if "bytes" in result else ""
-    difference = ""
-    if "largest_difference" in result:
-        difference = f"{result['largest_difference']:.1e}"
-    cells = [f"{result['latency_ms']:.2f}", f"{result['accuracy']:.2%}", difference]
-    print(ROW.format(file, megabytes, *cells), flush=True)
+def print_row(file, result, megabytes="", difference=""):
+    milliseconds = f"{result['latency_ms']:.2f}"
+    accuracy = f"{result['accuracy']:.2%}"
+    print(ROW.format(file, megabytes, milliseconds, accuracy, difference), flush=True)
 
 
 def load_network(args):
@@ -346,13 +346,11 @@ def main():
     )
     args = cli.parse(parser)
     network, dataset, split = load_network(args)
-    folded = fold_batch_norm(network)
     pixels = args.with_preprocessing
     if pixels:
         network = WithPreprocessing(network, dataset.preprocessing).eval()
-        folded = WithPreprocessing(folded, dataset.preprocessing).eval()
     network.to(memory_format=torch.channels_last)
-    folded.to(memory_format=torch.channels_last)
+    folded = fold_batch_norm(network)
     torch.manual_seed(args.seed)
     # Quantisation needs typical images: those of training, if they are there.
     source = "train" if "train" in dataset.splits else split
@@ -360,16 +358,19 @@ def main():
     calibration = []
     for images, _ in dataset.batches(source, indices=some):
         calibration.append(to_input(images, dataset.preprocessing, pixels))
-    example = calibration[0][:2].clone()  # of a batch of 1, torch.export would make a constant
+    # Two images: of a batch size of 1, torch.export would make a constant. A copy: model.pt2
+    # would contain the whole batch of a slice.
+    example = calibration[0][:2].clone()
     about = {"classes": dataset.classes, "preprocessing": dataset.preprocessing}
     metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
 
     task = (dataset, split, pixels)
     reference = measure(network, *task)
-    verified_on = f"{len(reference[0])} images of {args.data} ({split})"
+    outputs, measured = reference
+    verified_on = f"{len(outputs)} images of {args.data} ({split})"
     print(f"{verified_on}, threads: {torch.get_num_threads()}")
     print(ROW.format("file", "MB", "ms / image", "accuracy", "difference"))
-    print_row("network", reference[1])
+    print_row("network", measured)
     with quiet_exporters():
         formats, faults = export_formats(
             args.formats, folded, example, metadata, calibration, task, reference, args.out
@@ -378,7 +379,7 @@ def main():
         **about,
         "verified_on": verified_on,
         "with_preprocessing": pixels,
-        "network": reference[1],
+        "network": measured,
         "formats": formats,
     }
     write_text(args.out / "labels.txt", "\n".join([*dataset.classes, ""]))

@@ -82,22 +82,23 @@ def freeze_batch_norm(module):
 def main():
     parser = make_parser()
     args = cli.parse(parser)
-    last = train.read_last(parser, args)
-    train.start(args)
-    source = args.checkpoint if last is None else args.out / "last.pt"
+    last = train.read_last(parser, args)  # {} for a new run
+    train.join_processes(args)
+    torch.manual_seed(args.seed)
+    source = args.out / "last.pt" if last else args.checkpoint
     model, checkpoint = load_checkpoint(source, args.output_stride)
     # Image size, mean and std as in pretraining; crop and channels are the dataset's.
-    known = {key: checkpoint["preprocessing"][key] for key in ("image_size", "mean", "std")}
-    dataset = data.load_for(args, known, classes=checkpoint["classes"])
+    preprocessing = checkpoint["preprocessing"]
+    kept = {name: preprocessing[name] for name in ("image_size", "mean", "std")}
+    dataset = data.load_for(args, kept, classes=checkpoint["classes"])
     train.use_defaults(args, DEFAULTS[dataset.kind])
     print(f"{args.data}: {len(dataset.classes)} classes, on {args.device}; from {source}")
-    history = []
-    if last is not None:
+    if last:
         train.check_data(last, dataset)
-        history = last["history"]
     elif checkpoint["classes"] != dataset.classes:
         replace_classifier(model, len(dataset.classes))
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
+    history = last.get("history", [])
     save = partial(train.save_epoch, args, model, dataset)
     with train.reserved(args):
         train_classifier(model, dataset, args, history, save, last)
@@ -109,24 +110,24 @@ def train_classifier(model, dataset, args, history, save, last=None):
     """Stage "classifier": train the classifier on features of the frozen backbone.
 
     A frozen backbone maps an image to the same features in every epoch, so they are computed
-    once, without augmentation.
+    once, without augmentation. last: last.pt of a resumed run.
     """
-    if train.count_epochs(history, "classifier") >= args.classifier_epochs:
+    if len(history) >= args.classifier_epochs:  # a resumed run has finished this stage
         return
     backbone = nn.Sequential(
         model.stem, model.blocks, model.head, nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
+    cached = {}  # split: (features, labels)
+    for split in ("train", "val"):
+        images = train.show_progress(dataset.batches(split), f"features ({split})")
+        cached[split] = extract_features(backbone, images)
     _, processes = data.process_rank()
     size = dataset.batch_size // processes
-    images = train.show_progress(dataset.batches("train"), "features (train)")
-    features, labels = extract_features(backbone, images)
-    batches = data.Batches(features, labels, size, shuffle=True, repeats=dataset.repeats)
-    images = train.show_progress(dataset.batches("val"), "features (val)")
-    features, labels = extract_features(backbone, images)
-    val_batches = data.Batches(features, labels, size)
+    batches = data.Batches(*cached["train"], size, shuffle=True, repeats=dataset.repeats)
+    val_batches = data.Batches(*cached["val"], size)
     optimizer = make_optimizer(model.classifier, [], args)
     scheduler = train.make_scheduler("cosine", optimizer, len(batches), args.classifier_epochs)
-    if last is not None and last["history"][-1]["stage"] == "classifier":
+    if history:  # of a resumed run
         train.restore(args, last, model, optimizer, scheduler)
     train.fit(
         nn.Sequential(model.dropout, model.classifier),
@@ -146,7 +147,7 @@ def train_classifier(model, dataset, args, history, save, last=None):
 
 def train_blocks(model, dataset, args, history, save, last=None):
     """Stage "blocks": also train the last blocks and the head, on augmented images."""
-    if train.count_epochs(history, "blocks") >= args.epochs:
+    if args.epochs == 0:
         return
     front, rest = divide(model, args.unfreeze)
     front.requires_grad_(False)
@@ -160,7 +161,7 @@ def train_blocks(model, dataset, args, history, save, last=None):
     batches = dataset.batches("train", augmented=True)
     optimizer = make_optimizer(model.classifier, rest, args)
     scheduler = train.make_scheduler("cosine", optimizer, len(batches), args.epochs)
-    if last is not None and last["history"][-1]["stage"] == "blocks":
+    if len(history) > args.classifier_epochs:  # a resumed run has begun this stage
         train.restore(args, last, model, optimizer, scheduler)
     train.fit(
         model,
@@ -206,6 +207,7 @@ def make_optimizer(classifier, layers, args):
     groups = train.parameter_groups(classifier.parameters(), rate, args.weight_decay)
     rate *= HEAD_RATE
     for layer in reversed(layers):
+        # In front, because log.csv has the learning rate of the last group.
         groups = train.parameter_groups(layer.parameters(), rate, args.weight_decay) + groups
         rate *= args.block_decay  # relative to the layer after it
     return torch.optim.AdamW(groups)

@@ -75,9 +75,8 @@ RECIPES = {
         "epochs": 150,
     },
 }
-# A resumed run may change these options. All others are as in last.pt.
-OPTIONS_OF_A_CALL = ("out", "data_dir", "device", "workers", "resume", "overwrite")
-TIME_LIMIT = timedelta(minutes=10)  # for a process of torchrun that waits for the others
+# A resumed run takes these options from the command line, and all others from last.pt.
+NOT_IN_LAST = ("out", "data_dir", "device", "workers", "resume", "overwrite")
 
 
 class DivergedError(cli.UserError):
@@ -134,35 +133,34 @@ def fit(
     Args:
         history: list of the rows of log.csv, one dict per epoch. New rows are appended.
         save: function of (history, optimizer, scheduler), called after each epoch.
-        training_mode: function that puts the layers of `model` that learn into training mode.
+        stage: name of the stage in log.csv. A run has one stage here, and two in finetune.py.
+        training_mode: function that calls model.train(), and perhaps keeps frozen layers in
+            eval mode.
     Raises DivergedError if the loss is not finite.
     """
-    trained = wrap(model, amp)
-    for _ in range(count_epochs(history, stage), epochs):
+    wrapped = wrap(model, amp)  # the same weights, with mixed precision and torchrun
+    done = [row["stage"] for row in history].count(stage)  # in a resumed run
+    for _ in range(done, epochs):
         epoch = len(history) + 1
         set_epoch_seed(seed, epoch)
         training_mode(model)
         row = {"epoch": epoch, "stage": stage}
         batches = show_progress(train_batches, f"{stage} {epoch:3}")
-        row.update(train_epoch(trained, batches, optimizer, scheduler, loss_function))
+        row.update(train_epoch(wrapped, batches, optimizer, scheduler, loss_function))
         row.update(validate(model, val_batches))
-        row["learning_rate"] = scheduler.get_last_lr()[-1]  # at the end of the epoch
+        row["learning_rate"] = scheduler.get_last_lr()[-1]  # of the last group, at the end
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            fix = "lower --learning-rate and use --overwrite"
-            raise DivergedError(f"the loss is not finite: {fix}")
+            raise DivergedError(
+                "the loss is not finite: lower --learning-rate and use --overwrite"
+            )
         history.append(row)
         save(history, optimizer, scheduler)
 
 
 def validate(model, batches):
     """Return the scores of the validation images: {"val_loss", "val_top1", ...}."""
-    synchronise_buffers(model)
-    logits, labels = gather(*predict(model, batches))
+    logits, labels = predict_together(model, batches)
     return {f"val_{name}": value for name, value in score(logits, labels).items()}
-
-
-def count_epochs(history, stage):
-    return sum(row["stage"] == stage for row in history)
 
 
 def main():
@@ -185,14 +183,16 @@ def main():
     )
     add_training_options(parser)
     args = cli.parse(parser)
-    last = read_last(parser, args)
+    last = read_last(parser, args)  # {} for a new run
+    # The recipe of a resumed run may be gone, but `args` have its settings.
     recipe = {**RECIPES["small"], **RECIPES.get(args.recipe, {})}
     use_defaults(args, recipe)
-    if args.epochs < 1:
+    if args.epochs < 1:  # finetune.py accepts 0
         parser.error(f"argument --epochs: {args.epochs}: use at least 1")
-    start(args)
+    join_processes(args)
+    torch.manual_seed(args.seed)
 
-    dataset = data.load_for(args, classes=last and last["classes"])
+    dataset = data.load_for(args, classes=last.get("classes"))
     train_batches = dataset.batches("train", augmented=True)
     val_batches = dataset.batches("val")
     steps = len(train_batches)
@@ -210,12 +210,11 @@ def main():
     optimizer = make_optimizer(args.optimizer, groups)
     scheduler = make_scheduler(args.schedule, optimizer, steps, args.epochs, args.warmup)
     loss_function = make_loss(args.loss, args.label_smoothing)
-    history = []
-    if last is not None:
+    history = last.get("history", [])
+    if last:
         check_data(last, dataset)
         restore(args, last, model, optimizer, scheduler)
-        history = last["history"]
-    with reserved(args):
+    with reserved(args):  # keeps other runs out of the folder
         fit(
             model,
             train_batches,
@@ -239,18 +238,12 @@ def parameter_groups(parameters, learning_rate, weight_decay):
     Biases have none, nor do BatchNorm's scale and shift (Goyal et al., arXiv:1706.02677,
     §5.1).
     """
-    decayed = []
-    others = []
+    decayed = {"params": [], "lr": learning_rate, "weight_decay": weight_decay}
+    others = {"params": [], "lr": learning_rate, "weight_decay": 0.0}
     for parameter in parameters:
-        if parameter.dim() > 1:
-            decayed.append(parameter)
-        else:
-            others.append(parameter)
-    groups = [
-        {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": others, "lr": learning_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        group = decayed if parameter.dim() > 1 else others
+        group["params"].append(parameter)
+    return [decayed, others]
 
 
 def make_optimizer(name, groups):
@@ -361,42 +354,35 @@ def wrap(network, amp):
     return network
 
 
-def synchronise_buffers(model):
-    """Give all processes the running statistics of rank 0, which saves them."""
-    _, processes = data.process_rank()
-    if processes > 1:
-        for buffer in model.buffers():
-            distributed.broadcast(buffer, 0)
-
-
-def gather(logits, labels):
-    """Collect the logits and labels of all processes. Each has predicted its share."""
+def predict_together(model, batches):
+    """Like `predict`, but each process predicts its share, and all get the whole result."""
     _, processes = data.process_rank()
     if processes == 1:
-        return logits, labels
+        return predict(model, batches)
+    for buffer in model.buffers():  # running statistics: those of rank 0, which saves them
+        distributed.broadcast(buffer, 0)
     shares = [None] * processes
-    distributed.all_gather_object(shares, (logits, labels))
-    all_logits, all_labels = zip(*shares)
-    return torch.cat(all_logits), torch.cat(all_labels)
+    distributed.all_gather_object(shares, predict(model, batches))
+    logits, labels = zip(*shares)
+    return torch.cat(logits), torch.cat(labels)
 
 
-def start(args):
-    """Join the processes of torchrun, if there are any, and set the seed."""
-    if distributed.is_torchelastic_launched():
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        # NCCL for tensors on GPUs, Gloo for the CPU
-        distributed.init_process_group(timeout=TIME_LIMIT)
-        if distributed.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
-    torch.manual_seed(args.seed)
+def join_processes(args):
+    """Join the processes of torchrun, if there are any."""
+    if not distributed.is_torchelastic_launched():
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    # NCCL for tensors on GPUs, Gloo for the CPU. timeout: for waiting for the others.
+    distributed.init_process_group(timeout=timedelta(minutes=10))
+    if distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
 
 
 def show_progress(batches, title):
     """Yield the batches of an iterable with a length. Prints a line every 15 seconds."""
-    begun = time.monotonic()
-    shown = begun
+    begun = shown = time.monotonic()
     images = 0
     for number, (inputs, labels) in enumerate(batches, start=1):
         yield inputs, labels
@@ -477,22 +463,21 @@ def use_defaults(args, defaults):
 
 
 def read_last(parser, args):
-    """Return last.pt of a resumed run, or None. `args` get the run's settings."""
+    """Return last.pt of a resumed run, or {}. `args` get the run's settings."""
     path = args.out / "last.pt"
-    if not path.exists():
-        return None
-    if args.overwrite:
-        return None
+    if args.overwrite or not path.exists():
+        return {}
     if not args.resume:
-        fix = "use --resume, --overwrite or another --out"
-        raise cli.UserError(f"--out {args.out}: contains a run; {fix}")
+        raise cli.UserError(
+            f"--out {args.out}: contains a run; use --resume, --overwrite or another --out"
+        )
     _, last = load_checkpoint(path)
     settings = last.get("settings", {})
-    missing = vars(args).keys() - settings.keys() - set(OPTIONS_OF_A_CALL)
+    missing = vars(args).keys() - settings.keys() - set(NOT_IN_LAST)
     if missing:
-        problem = f"this script did not write it, or an earlier version (no {min(missing)})"
         raise cli.UserError(
-            f"cannot use the settings of '{path}' ({problem}); use another --out"
+            f"cannot use the settings of '{path}' (this script did not write it, "
+            f"or an earlier version (no {min(missing)})); use another --out"
         )
     if args.data != parser.get_default("data"):
         settings["data"] = args.data  # it may have moved
@@ -513,7 +498,7 @@ def reserved(args):
     Raises UserError if another run writes there, and OSError if the folder cannot be written.
     """
     rank, _ = data.process_rank()
-    if rank > 0:
+    if rank > 0:  # rank 0 does it
         yield
         return
     args.out.mkdir(parents=True, exist_ok=True)
@@ -523,9 +508,9 @@ def reserved(args):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                fix = "wait for its end, or use another --out"
                 raise cli.UserError(
-                    f"--out {args.out}: another run writes there; {fix}"
+                    f"--out {args.out}: another run writes there; "
+                    "wait for its end, or use another --out"
                 ) from error
         if args.overwrite:  # else --resume would continue the old run, if this one ends early
             (args.out / "last.pt").unlink(missing_ok=True)
@@ -544,8 +529,10 @@ def check_data(last, dataset):
     before = last.get("data", {})
     for split, (_, labels) in dataset.splits.items():
         if before.get(split, len(labels)) != len(labels):
-            problem = f"{split} had {before[split]} images, and has {len(labels)} now"
-            raise data.DataError(f"--resume: {problem}; restore them, or use --overwrite")
+            raise data.DataError(
+                f"--resume: {split} had {before[split]} images, and has {len(labels)} now; "
+                "restore them, or use --overwrite"
+            )
 
 
 def restore(args, last, model, optimizer, scheduler):
@@ -555,16 +542,28 @@ def restore(args, last, model, optimizer, scheduler):
         try:
             part.load_state_dict(last[name])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            problem = f"'{args.out / 'last.pt'}': its {name} does not fit ({error})"
-            raise CheckpointError(f"{problem}; use --overwrite") from error
+            path = args.out / "last.pt"
+            raise CheckpointError(
+                f"'{path}': its {name} does not fit ({error}); use --overwrite"
+            ) from error
 
 
 def save_epoch(args, model, dataset, history, optimizer, scheduler):
-    """Print the latest row of `history`; write log.csv, last.pt and, if chosen, best.pt."""
+    """Print the latest row of `history`; write log.csv, last.pt and, if chosen, best.pt.
+
+    An epoch is chosen if its accuracy is within one standard error of the best accuracy p:
+    √(p (1 - p) / n) for n validation images. So the later of two similar epochs wins, because
+    its learning rate is usually lower.
+    """
     row = history[-1]
-    chosen = is_best(history, images=len(dataset.splits["val"][1]))
-    text = "{stage} {epoch:3}  train loss {train_loss:.3f} top1 {train_top1:.2%}  "
-    text += "val loss {val_loss:.3f} top1 {val_top1:.2%}"
+    _, val_labels = dataset.splits["val"]
+    best = max(earlier["val_top1"] for earlier in history)
+    standard_error = math.sqrt(best * (1 - best) / len(val_labels))
+    chosen = row["val_top1"] >= best - standard_error
+    text = (
+        "{stage} {epoch:3}  train loss {train_loss:.3f} top1 {train_top1:.2%}  "
+        "val loss {val_loss:.3f} top1 {val_top1:.2%}"
+    )
     if chosen:
         text += "  best.pt"
     print(text.format(**row), flush=True)
@@ -577,7 +576,7 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
     if chosen:
         save_checkpoint(args.out / "best.pt", *contents, **about)
     # last.pt is written last: if the process ends before, --resume repeats the epoch.
-    settings = {k: value for k, value in vars(args).items() if k not in OPTIONS_OF_A_CALL}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_IN_LAST}
     save_checkpoint(
         args.out / "last.pt",
         *contents,
@@ -587,17 +586,6 @@ def save_epoch(args, model, dataset, history, optimizer, scheduler):
         scheduler=scheduler.state_dict(),
         settings=settings,
     )
-
-
-def is_best(history, images):
-    """Check whether the latest epoch is within one standard error of the best accuracy.
-
-    images: number of validation images. The later of two similar epochs wins, because its
-    learning rate is usually lower.
-    """
-    best = max(row["val_top1"] for row in history)
-    standard_error = math.sqrt(best * (1 - best) / images)
-    return history[-1]["val_top1"] >= best - standard_error
 
 
 def finish(args, dataset, history):

@@ -486,17 +486,16 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     for name in ("best.pt", "last.pt", "log.csv"):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
     lines = [line for line in out.splitlines() if not line.startswith("warning: ")]
-    assert (code, err, len(lines)) == (0, "", 5) and lines[0].startswith(
-        "digits: 10 classes, 2 × "
-    )
-    assert (
-        all(line.startswith("scratch ") for line in lines[1:3]) and str(tmp_path) in lines[3]
-    )
+    assert (code, err, len(lines)) == (0, "", 6)
+    assert lines[0].startswith("digits: 10 classes, 2 × ")
+    assert lines[1].startswith("batch size: 2 times the recipe's; ")
+    assert all(line.startswith("scratch ") for line in lines[2:4])
+    assert str(tmp_path) in lines[4]
     best = tmp_path / "best.pt"
     command = (
         f"python evaluate.py --checkpoint {best} --data digits --out {tmp_path}-evaluation"
     )
-    assert lines[4] == f"next: {command}"
+    assert lines[5] == f"next: {command}"
 
 
 # ----------------------------------------------------------------------------- interrupt and resume
