@@ -854,7 +854,8 @@ def compute_hash(text):
 
 def fingerprint(paths):
     """Compute a text from the names of photos and the sizes of up to 1,000 of them."""
-    paths = sorted(paths, key=os.path.basename)
+    # Sorted from the last letter, so that the place of the folder hardly matters.
+    paths = sorted(paths, key=lambda path: path[::-1])
     names = "/".join(os.path.basename(path) for path in paths)
     sizes = [os.path.getsize(path) for path in paths[:: len(paths) // 1000 + 1]]
     return compute_hash(f"{names}{sizes}")

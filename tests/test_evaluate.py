@@ -513,7 +513,7 @@ def test_images_without_labels_are_classified_and_explained(
     options = ("--checkpoint", trained / "best.pt", "--out", tmp_path / "out", "--images")
     code, out, err = call(evaluate, *options, photos, photos / "light" / "3.png", "--explain")
     assert code == 0 and len(err.splitlines()) == 1
-    assert err.startswith("skipping ") and "damaged.jpg" in err
+    assert err.startswith("unreadable photo 1, left out: ") and "damaged.jpg" in err
     written = {"images.csv", "images.png", "images-explanation.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == written
     assert out.startswith(f"{trained / 'best.pt'}: 10 classes, from 0 to 9")
