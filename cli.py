@@ -68,8 +68,8 @@ def make_parser(description, data, out, batch_size=None):
     """Make a parser with the options that every script has, and these defaults."""
     parser = Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
-    names = "glyphs, digits, mnist, fashion-mnist, cifar10, flowers"
-    add("--data", default=data, help=f"{names}, or a folder of images")
+    text = "dataset (python data.py --help lists all), or folder of images"
+    add("--data", default=data, help=text)
     add("--data-dir", type=Path, default=Path("datasets"), help="folder for downloads")
     add("--out", type=Path, default=Path(out), help="folder for the results")
     text = "image side in pixels (default: the checkpoint's, or the dataset's)"
@@ -78,8 +78,7 @@ def make_parser(description, data, out, batch_size=None):
     text += "" if batch_size else " (default: the recipe's)"
     add("--batch-size", type=in_range(int, 2, 65536), default=batch_size, help=text)
     workers = 4 if torch.cuda.is_available() else 0  # on a CPU they would slow the network
-    text = "processes that decode photos"
-    add("--workers", type=in_range(int, 0, 64), default=workers, help=text)
+    add("--workers", type=in_range(int, 0, 64), default=workers, help="processes for photos")
     add("--seed", type=in_range(int, 0, 10**6), default=0, help="seed of all random choices")
     return parser
 
@@ -113,7 +112,7 @@ def choose_device(name):
 
 def keep_freed_memory():
     """Make glibc keep freed memory: asking the system for it in each step is slow."""
-    with suppress(AttributeError, TypeError):  # a system without glibc
+    with suppress(AttributeError, TypeError):  # no glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)  # no separate memory for large tensors
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes to keep
@@ -125,7 +124,8 @@ def run(main, *errors):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
     with suppress(AttributeError):  # a notebook; a console may lack the letters of a name
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error line is enough
+    for text in ("Detected pickle protocol", "'torch.load' received a zip"):
+        warnings.filterwarnings("ignore", text)  # the error line is enough
     warnings.filterwarnings("ignore", module="PIL")  # unusual files that are readable
     keep_freed_memory()
     try:

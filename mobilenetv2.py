@@ -19,8 +19,9 @@ file imports no other script, so you can copy it into another project. Terms use
 import argparse
 import copy
 import io
-import pickle
+import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -265,7 +266,7 @@ def rename(state_dict, names):
     for key, tensor in state_dict.items():
         layer, _, kind = key.rpartition(".")
         if layer not in names:
-            raise CheckpointError(f"'{key}' is not a weight of MobileNetV2")
+            raise CheckpointError(f"'{key}' is not a weight of MobileNetV2: {CONVERT}")
         renamed[f"{names[layer]}.{kind}"] = tensor
     return renamed
 
@@ -299,10 +300,33 @@ CHECKPOINT = {
     "history": list,
 }
 PREPROCESSING = {"image_size": int, "mean": list, "std": list}
+# Fixes of errors. The file's path replaces FILE.
+CONVERT = "python experiments/convert.py FILE weights.pth"
+SAVE = "in the program that made it, call torch.save(model.state_dict(), 'weights.pth')"
+# Bytes in files that torch.load refuses, as a regular expression, and "problem: fix".
+OTHER_FILES = {
+    rb"\A\s*<": "an HTML page: download the file again",
+    rb"\Aversion https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    rb"\A.{7}\0\{": f"a safetensors file: {CONVERT}",
+    rb"\A\x08.[\x12:B]": f"an ONNX file: {SAVE}",
+    rb"constants\.pkl|models/model\.json": f"a TorchScript or torch.export file: {SAVE}",
+    rb"torch\.nn\.modules": f"a whole pickled model: {SAVE}",
+    rb"numpy\.|argparse": f"more than tensors and plain values: {CONVERT}",
+    rb"": "damaged, or more than tensors and plain values",
+}
+# The same for other weights than torchvision's and this project's. The bytes replace {}.
+OTHER_WEIGHTS = {
+    rb"\w[\w.]{0,80}\.(?=features\.1\.)": f"weights with the prefix '{{}}': {CONVERT}",
+    rb"features\.1\.conv\.": f"weights in another entry or with older names: {CONVERT}",
+    rb"conv_stem\.weight": f"timm's names: {CONVERT}",
+    rb"blocks\.0\.depthwise\.conv": f"weights without the other entries: {CONVERT}",
+    rb"\w[\w.]{0,80}\.weight": "another network, its first weight is '{}'",
+    rb"": "no weights",
+}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message names the problem and the fix."""
+    """A checkpoint that cannot be used. The message is "problem" or "problem: fix"."""
 
 
 def save_checkpoint(path, model, classes, preprocessing, history=(), **training_state):
@@ -314,10 +338,10 @@ def save_checkpoint(path, model, classes, preprocessing, history=(), **training_
     resume.
     """
     checkpoint = {
-        "model": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
-        "arch": dict(model.arch),
+        "model": {key: tensor.cpu() for key, tensor in model.state_dict().items()},
+        "arch": model.arch,
         "classes": list(classes),
-        "preprocessing": dict(preprocessing),
+        "preprocessing": preprocessing,
         "history": list(history),
         **training_state,
     }
@@ -334,9 +358,8 @@ def write_file(path, contents):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed run
-        with open(temporary, "xb") as file:  # x: never through a link to another file
-            file.write(contents)
+        temporary.unlink(missing_ok=True)  # left by a killed run, or a link to another file
+        temporary.write_bytes(contents)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -355,68 +378,95 @@ def load_checkpoint(source, output_stride=None):
     try:
         checkpoint = read_checkpoint(source)
         check_entries(checkpoint, CHECKPOINT)
-        check_entries(checkpoint["preprocessing"], PREPROCESSING, "its preprocessing")
+        check_entries(checkpoint["preprocessing"], PREPROCESSING)
         model = build_network(checkpoint, output_stride)
     except CheckpointError as error:
-        fix = "make a checkpoint with train.py or finetune.py, or use imagenet"
-        if source == "imagenet":
-            fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"cannot load '{source}' ({reason}): {fix}") from error
+        problem, _, fix = str(error).partition(": ")
+        fix = fix or "make a checkpoint with train.py or finetune.py, or use imagenet"
+        fix = fix.replace("FILE", f'"{source}"')
+        raise CheckpointError(f"cannot load '{source}' ({problem}): {fix}") from error
     return model, checkpoint
 
 
 def read_checkpoint(source):
     """Read a file, or download 'imagenet'. Returns a checkpoint. Raises CheckpointError."""
-    # A pickle can run any code when it is loaded. weights_only=True accepts only data.
-    safe = {"map_location": "cpu", "weights_only": True}
-    try:
-        if source == "imagenet":  # 13.6 MB, downloaded once
-            contents = torch.hub.load_state_dict_from_url(
-                IMAGENET_URL, check_hash=True, **safe
-            )
-        else:
-            check_file(Path(source))
-            contents = torch.load(source, **safe)
-    except pickle.UnpicklingError as error:  # torch would suggest weights_only=False
-        raise CheckpointError("damaged, or more than tensors and plain values") from error
-    except OSError as error:
-        raise CheckpointError(error.strerror or error) from error
-    except Exception as error:  # a damaged file makes torch raise almost anything
-        raise CheckpointError(error) from error
-    if not isinstance(contents, dict) or "features.0.0.weight" not in contents:
+    contents = read_file(source)
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"the file has a {type(contents).__name__}, not a dict")
+    if "preprocessing" in contents:
         return contents
-    # torchvision's files have only weights.
+    if "features.1.conv.0.0.weight" not in contents:  # then recognise raises the error
+        recognise(Path(source).read_bytes(), OTHER_WEIGHTS)
+    # torchvision's files have only weights. If one is missing, build_network says so.
     weights = from_torchvision(contents)
-    try:
-        num_classes = len(weights["classifier.bias"])
-        channels = len(weights["blocks.16.project.norm.bias"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"a weight is missing, or no vector: {error}") from error
     return {
         "model": weights,
-        "arch": {"num_classes": num_classes, "width_mult": channels / BOTTLENECKS[-1][1]},
+        "arch": {
+            "num_classes": len(weights.get("classifier.bias", range(1000))),
+            "width_mult": find_width(weights),
+        },
         "classes": [],
         "preprocessing": IMAGENET_PREPROCESSING,
         "history": [],
     }
 
 
-def check_file(path):
-    """Raise CheckpointError for a file that should not be read, or whose bytes have changed."""
-    if path.exists() and not path.is_file():  # a pipe may never end
-        raise CheckpointError("no regular file")
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-        raise CheckpointError("damaged: a checksum differs")
+def read_file(source):
+    """Read a file, or download 'imagenet'. Returns its contents. Raises CheckpointError."""
+    # A pickle can run any code when it is loaded. weights_only=True accepts only data.
+    safe = {"map_location": "cpu", "weights_only": True}
+    if source == "imagenet":  # 13.6 MB, downloaded once
+        try:
+            return torch.hub.load_state_dict_from_url(IMAGENET_URL, check_hash=True, **safe)
+        except Exception as error:  # no network, another hash, a damaged file
+            fix = f"download {IMAGENET_URL} into '{torch.hub.get_dir()}/checkpoints'"
+            raise CheckpointError(f"no download, or a damaged file: {fix}") from error
+    try:
+        if Path(source).is_fifo():  # it may never end
+            raise OSError("a pipe, no regular file")
+        contents = Path(source).read_bytes()
+    except OSError as error:
+        raise CheckpointError(error.strerror or error) from error
+    try:
+        if zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip():
+            raise zipfile.BadZipFile("a checksum differs")
+        return torch.load(source, **safe)
+    except Exception:  # a damaged file makes torch raise almost anything
+        recognise(contents, OTHER_FILES)
 
 
-def check_entries(values, kinds, place="the file"):
+def recognise(contents, kinds):
+    """Raise CheckpointError with the first message whose pattern is in `contents`."""
+    for pattern, message in kinds.items():
+        found = re.search(pattern, contents, re.DOTALL)
+        if found:
+            raise CheckpointError(message.format(found[0].decode("latin-1")))
+
+
+def find_width(weights):
+    """Return the width multiplier of a network with these weights. Raises CheckpointError.
+
+    Numbers of channels are multiples of 8, so several widths build the same network. The
+    roundest one is returned: multiples of 0.05 come first, then of 0.01 and of 0.001.
+    """
+    ends = ("stem.norm.bias", "project.norm.bias", "head.norm.bias")
+    found = Counter(len(bias) for key, bias in weights.items() if key.endswith(ends))
+    rows = [STEM_CHANNELS, *(c for _, c, n, _ in BOTTLENECKS for _ in range(n))]
+    for step in (50, 10, 1):
+        for thousandths in range(50, 4001, step):
+            width = thousandths / 1000
+            channels = [make_divisible(c * width) for c in rows]
+            channels.append(make_divisible(HEAD_CHANNELS * max(1.0, width)))
+            if found <= Counter(channels):  # fewer, if a weight is missing
+                return width
+    raise CheckpointError(f"no width from 0.05 to 4 gives {list(found)} channels")
+
+
+def check_entries(values, kinds):
     """Raise CheckpointError if a dict lacks an entry, or has one of another type."""
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{place} has a {type(values).__name__}, not a dict")
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind):
-            raise CheckpointError(f"{place} has no '{name}' of type {kind.__name__}")
+            raise CheckpointError(f"the file has no '{name}' of type {kind.__name__}")
 
 
 def build_network(checkpoint, output_stride):
@@ -428,9 +478,19 @@ def build_network(checkpoint, output_stride):
         # The weights replace the initial ones, so the caller's random numbers should stay.
         with torch.random.fork_rng(devices=[]):
             model = MobileNetV2(**arch)
-        model.load_state_dict(checkpoint["model"], strict=True)
-    except (TypeError, ValueError, RuntimeError) as error:  # other arguments, keys or shapes
-        raise CheckpointError(error) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"no network has {list(arch.items())}") from error
+    if model.arch["num_classes"] == 1:
+        raise CheckpointError("one output, a sigmoid's: train one output per class")
+    weights = checkpoint["model"]
+    expected = model.state_dict()
+    shapes = {key: getattr(tensor, "shape", None) for key, tensor in weights.items()}
+    wrong = [key for key in expected if shapes.get(key) != expected[key].shape]
+    wrong += [key for key in weights if key not in expected]
+    if wrong:
+        problem = f"'{wrong[0]}' is missing, unknown or of another shape"
+        raise CheckpointError(f"{problem}, and so are {len(wrong) - 1} others")
+    model.load_state_dict(weights)
     model.eval()
     with torch.no_grad():
         logits = model(torch.zeros(1, 3, 8, 8))

@@ -1279,34 +1279,42 @@ def test_pickle_that_would_run_code_is_refused(write, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda c: c["model"].pop("stem.conv.weight"), 'Missing key.*"stem.conv.weight"'),
-        (lambda c: c["model"].update(extra=torch.zeros(1)), 'Unexpected key.*"extra"'),
+        (
+            lambda c: c["model"].pop("stem.conv.weight"),
+            "'stem.conv.weight' is missing, unknown or of another shape",
+        ),
+        (
+            lambda c: c["model"].update(extra=torch.zeros(1)),
+            "'extra' is missing, unknown or of another shape",
+        ),
         (
             lambda c: c["model"].update({"stem.conv.weight": torch.zeros(2, 3)}),
-            "size mismatch for stem.conv.weight",
+            "'stem.conv.weight' is missing, unknown or of another shape, and so are 0 others",
         ),
         (
             lambda c: c["model"].update({"stem.conv.weight": 3}),
-            '"stem.conv.weight", expected torch.Tensor',
+            "'stem.conv.weight' is missing, unknown or of another shape",
         ),
-        (lambda c: c["arch"].update(width_mult=1.0), "size mismatch for stem.conv.weight"),
+        (
+            lambda c: c["arch"].update(width_mult=1.0),
+            "'stem.conv.weight' is missing, unknown or",
+        ),
         # The checkpoint is at fault, not the batch size: no "not enough memory: lower ...".
-        (lambda c: c["arch"].update(num_classes=10**12), "you tried to allocate"),
-        (lambda c: c["arch"].update(width_mult="many"), "'<=' not supported"),
-        (lambda c: c["arch"].update(hidden=1), "unexpected keyword argument 'hidden'"),
+        (lambda c: c["arch"].update(num_classes=10**12), r"no network has .*1000000000000"),
+        (lambda c: c["arch"].update(width_mult="many"), "no network has .*many"),
+        (lambda c: c["arch"].update(hidden=1), "no network has .*hidden"),
         (lambda c: c.pop("model"), "the file has no 'model' of type dict"),
         (lambda c: c.pop("arch"), "the file has no 'arch' of type dict"),
         (lambda c: c.pop("classes"), "the file has no 'classes' of type list"),
-        (lambda c: c.pop("preprocessing"), "the file has no 'preprocessing' of type dict"),
         (lambda c: c.pop("history"), "the file has no 'history' of type list"),
         (lambda c: c.update(classes={"a": 0}), "the file has no 'classes' of type list"),
         (
             lambda c: c["preprocessing"].pop("mean"),
-            "its preprocessing has no 'mean' of type list",
+            "the file has no 'mean' of type list",
         ),
         (
             lambda c: c["preprocessing"].update(image_size="32"),
-            "its preprocessing has no 'image_size' of type int",
+            "the file has no 'image_size' of type int",
         ),
         (lambda c: c["classes"].pop(), "2 names, 3 classes"),
     ],
@@ -1322,7 +1330,7 @@ def test_incomplete_or_inconsistent_checkpoint_is_refused(checkpoint, change, re
     "contents, reason",
     [
         ([1, 2], "the file has a list, not a dict"),
-        ({"epoch": 3}, "the file has no 'model' of type dict"),
+        ({"epoch": 3}, "no weights"),
         (torch.zeros(2), "the file has a Tensor, not a dict"),
     ],
 )
@@ -1415,7 +1423,9 @@ def test_imagenet_weights_are_downloaded_once(imagenet, tmp_path):
 
 def test_imagenet_weights_with_a_wrong_hash_are_deleted(imagenet, tmp_path):
     imagenet.write_bytes(imagenet.read_bytes() + b"!")
-    with pytest.raises(CheckpointError, match=r"cannot load 'imagenet' \(invalid hash"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot load 'imagenet' \(no download, or a damaged"
+    ):
         load_pretrained("imagenet", num_classes=6)
     assert not list((tmp_path / "home" / "hub" / "checkpoints").iterdir())
 
