@@ -25,8 +25,10 @@ M_MMAP_MAX = -4
 ADVICE = {  # part of an error of PyTorch: problem and fix
     "out of memory": "not enough memory: lower --batch-size or --image-size",
     "allocate memory": "not enough memory: lower --batch-size or --image-size",
+    "open files": "too many open files: use --workers 0, or raise `ulimit -n`",
+    "ancdata": "too many open files: use --workers 0, or raise `ulimit -n`",
     "DataLoader worker": "a worker ended: use --workers 0, or more shared memory (/dev/shm)",
-    "/torch_": "no shared memory: use --workers 0, or more of it (/dev/shm)",
+    "shared memory": "no shared memory: use --workers 0, or more of it (/dev/shm)",
     "Connection closed by peer": "another process of torchrun ended: see its message",
 }
 
@@ -74,8 +76,9 @@ def make_parser(description, data, out, batch_size=None):
     add("--out", type=Path, default=Path(out), help="folder for the results")
     text = "image side in pixels (default: the checkpoint's, or the dataset's)"
     add("--image-size", type=in_range(int, 8, 1024), help=text)
-    text = "images per step, all processes together"
-    text += "" if batch_size else " (default: the recipe's)"
+    text = "images per step of all processes" + (
+        "" if batch_size else " (default: the recipe's)"
+    )
     add("--batch-size", type=in_range(int, 2, 65536), default=batch_size, help=text)
     workers = 4 if torch.cuda.is_available() else 0  # on a CPU they would slow the network
     add("--workers", type=in_range(int, 0, 64), default=workers, help="processes for photos")
@@ -99,14 +102,12 @@ def parse(parser):
 def choose_device(name):
     """Return the device to use: "auto" is the fastest kind of this machine."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        found = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator().type if found else "cpu"
     try:
         torch.ones(1, device=name).item()
     except Exception as error:  # each backend has its own kind of exception
-        problem = f"--device {name}: not available on this machine"
-        raise UserError(f"{problem}; use auto or cpu") from error
+        raise UserError(f"--device {name}: not available; use auto or cpu") from error
     return name
 
 
@@ -120,16 +121,16 @@ def keep_freed_memory():
 
 def run(main, *errors):
     """Run a script. A UserError, or one of `errors`, ends in one line and exit code 2."""
-    with suppress(ValueError):  # not in the main thread
+    with suppress(AttributeError, ValueError):  # in a notebook, or in a thread
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack some letters
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` works like Ctrl-C
-    with suppress(AttributeError):  # a notebook; a console may lack the letters of a name
-        sys.stdout.reconfigure(errors="backslashreplace")
     for text in ("Detected pickle protocol", "'torch.load' received a zip"):
         warnings.filterwarnings("ignore", text)  # the error line is enough
     warnings.filterwarnings("ignore", module="PIL")  # unusual files that are readable
     keep_freed_memory()
     try:
         main()
+        print(end="", flush=True)
         return
     except KeyboardInterrupt:
         message = "interrupted; a run with a last.pt continues with --resume"
@@ -146,5 +147,6 @@ def run(main, *errors):
         if not known:
             raise
         message = known[0]
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # a closed or full stderr
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -329,6 +329,7 @@ class Data:
     batch_size: int = 128  # of all processes together
     workers: int = 0  # processes that decode photos
     device: str = "cpu"  # where small images are augmented
+    fingerprint: str | None = None  # of the photos for training and validation
     # split -> bool (N,): photos that could not be read. The workers share it.
     unreadable: dict = field(default_factory=dict)
 
@@ -611,7 +612,7 @@ MOST_UNREADABLE = 100  # photos in a row, before a run stops
 def open_image(path, preprocessing):
     """Decode a file to an upright PIL image in RGB. Raises DataError."""
     size = preprocessing["image_size"]
-    with reading(f"'{path}': cannot read this image", "remove it"):
+    with reading(f"'{printable(str(path))}': cannot read this image", "remove it"):
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end
             raise ValueError("it is no regular file")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -814,6 +815,8 @@ def index_images(images, classes):
 
 def check_classes(folder, images, classes, required):
     """Warn of classes without images, or raise DataError if images of all are `required`."""
+    if not any(images.values()):
+        raise DataError(f"'{folder}' has no images; add some, or remove the folder")
     missing = [name for name in classes if not images.get(name)]
     if not missing:
         return
@@ -864,10 +867,8 @@ def fingerprint(paths):
 def describe_training(dataset):
     """Describe the images that a network is trained on, for its checkpoint."""
     about = {split: len(labels) for split, (_, labels) in dataset.splits.items()}
-    if dataset.kind == "photos":
-        train, _ = dataset.splits["train"]
-        val, _ = dataset.splits["val"]
-        about["fingerprint"] = fingerprint([*train, *val])
+    if dataset.fingerprint is not None:
+        about["fingerprint"] = dataset.fingerprint
     return about
 
 
@@ -997,6 +998,8 @@ def load_data(
         images, labels = splits["train"]
         if entry["kind"] == "photos":
             repeats = math.ceil(FOLDER_EPOCH / len(labels))
+            val_paths, _ = splits["val"]
+            options["fingerprint"] = fingerprint([*images, *val_paths])
         if per_class is not None:
             kept = choose_per_class(labels, per_class, seed)
             splits["train"] = images[kept.numpy()], labels[kept]

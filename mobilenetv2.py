@@ -358,8 +358,9 @@ def write_file(path, contents):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed run, or a link to another file
-        temporary.write_bytes(contents)
+        temporary.unlink(missing_ok=True)  # left by a killed run
+        with open(temporary, "xb") as file:  # x: never through a link to another file
+            file.write(contents)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

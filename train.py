@@ -467,10 +467,7 @@ def read_last(parser, args):
     path = args.out / "last.pt"
     if args.overwrite or not path.exists():
         return {}
-    if not args.resume:
-        raise cli.UserError(
-            f"--out {args.out}: contains a run; use --resume, --overwrite or another --out"
-        )
+    refuse_to_replace(args)
     _, last = load_checkpoint(path)
     settings = last.get("settings", {})
     missing = vars(args).keys() - settings.keys() - set(NOT_IN_LAST)
@@ -491,6 +488,12 @@ def read_last(parser, args):
     return last
 
 
+def refuse_to_replace(args):
+    if (args.out / "last.pt").exists() and not (args.resume or args.overwrite):
+        fix = "use --resume, --overwrite or another --out"
+        raise cli.UserError(f"--out {args.out}: contains a run; {fix}")
+
+
 @contextmanager
 def reserved(args):
     """Create the folder of a run, and keep other runs out of it until the end.
@@ -503,23 +506,25 @@ def reserved(args):
         return
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ".lock"
-    with open(path, "w") as lock:
+    lock = open(path, "w")  # noqa: SIM115  open until the end
+    try:
         if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise cli.UserError(
-                    f"--out {args.out}: another run writes there; "
-                    "wait for its end, or use another --out"
-                ) from error
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        problem = f"--out {args.out}: another run writes there"
+        raise cli.UserError(f"{problem}; wait for its end, or use another --out") from error
+    except OSError:
+        pass  # a network disk without locks
+    try:
+        refuse_to_replace(args)  # another run may have ended since the start
         if args.overwrite:  # else --resume would continue the old run, if this one ends early
             (args.out / "last.pt").unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            path.unlink()
-            with suppress(OSError):  # not empty
-                args.out.rmdir()
+        yield
+    finally:
+        lock.close()
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            args.out.rmdir()
 
 
 def check_data(last, dataset):

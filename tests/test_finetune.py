@@ -437,7 +437,7 @@ def make_bad(kind, tmp_path, start):
         for name in ("cat", "dog"):
             (folder / name).mkdir()
             (folder / name / "notes.txt").write_text("not an image")
-        return ("--checkpoint", start, "--data", folder), "has no images of cat, dog; add"
+        return ("--checkpoint", start, "--data", folder), "has no images; add"
     if kind == "per class":
         return ("--checkpoint", start, "--per-class", 5000), "a class has 68 images"
     value = {"--epochs": -1, "--unfreeze": 18, "--classifier-epochs": 0}[kind]

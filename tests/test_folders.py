@@ -271,6 +271,28 @@ def test_all_labelled_images_are_scored(name, network, tmp_path, call, monkeypat
     assert ("these images also chose" in out) == (split == "val")
 
 
+WITHOUT_IMAGES = {  # script: splits, of which the last one has empty class folders
+    train: ("train", "val"),
+    finetune: ("train", "val"),
+    data: ("train", "val"),
+    evaluate: ("train", "test"),
+    export: ("test",),
+}
+
+
+@pytest.mark.parametrize("script", WITHOUT_IMAGES, ids=lambda script: script.__name__)
+def test_a_split_without_any_image_is_refused(script, network, tmp_path, call):
+    *others, last = WITHOUT_IMAGES[script]
+    folder = build(tmp_path / "photos", {**two(*others), **two(last, count=0)})
+    options = ["--data", folder, "--out", tmp_path / "out", "--image-size", 16]
+    if script in (finetune, evaluate, export):
+        options += ["--checkpoint", network]
+    if script in (train, finetune):
+        options += ["--epochs", 1, "--batch-size", 4]
+    code, _, err = call(script, *options)
+    assert code == 2 and f"{last}" in err and err.count("\n") == 1
+
+
 def test_the_folder_of_a_training_run_is_scored_on_its_validation_images(tmp_path, call):
     folder = build(tmp_path / "photos", two("", count=10))
     options = ("--width", 0.35, "--image-size", 16, "--epochs", 1, "--batch-size", 4)

@@ -715,9 +715,9 @@ def test_a_run_is_only_overwritten_on_request_and_a_complete_one_stays(
         (("--output-stride", "5"), "invalid choice"),
         (("--surprise", "5"), "unrecognized arguments"),
         (("--data", "letters"), "'letters': no such folder or dataset"),
-        (("--device", "cuda:99"), "--device cuda:99: not available on this machine"),
-        (("--device", "toaster"), "--device toaster: not available on this machine"),
-        (("--device", "meta"), "--device meta: not available on this machine"),
+        (("--device", "cuda:99"), "--device cuda:99: not available; use auto or cpu"),
+        (("--device", "toaster"), "--device toaster: not available; use auto or cpu"),
+        (("--device", "meta"), "--device meta: not available; use auto or cpu"),
         (("--data", "digits", "--per-class", "5000"), "--per-class 5000: a class has"),
     ],
 )
