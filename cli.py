@@ -76,9 +76,7 @@ def make_parser(description, data, out, batch_size=None):
     add("--out", type=Path, default=Path(out), help="folder for the results")
     text = "image side in pixels (default: the checkpoint's, or the dataset's)"
     add("--image-size", type=in_range(int, 8, 1024), help=text)
-    text = "images per step of all processes" + (
-        "" if batch_size else " (default: the recipe's)"
-    )
+    text = "images per step, all processes" + ("" if batch_size else " (default: by recipe)")
     add("--batch-size", type=in_range(int, 2, 65536), default=batch_size, help=text)
     workers = 4 if torch.cuda.is_available() else 0  # on a CPU they would slow the network
     add("--workers", type=in_range(int, 0, 64), default=workers, help="processes for photos")

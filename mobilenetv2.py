@@ -48,7 +48,7 @@ HEAD_CHANNELS = 1280
 
 
 def make_divisible(value, divisor=8):
-    """Round a number of channels to the nearest multiple of `divisor`, but not below 90% of it.
+    """Round a number of channels to the nearest multiple of `divisor`, at least 90% of it.
 
     Processors compute 8 or more numbers at a time, so multiples of 8 waste nothing. For
     example, 35 becomes 32. But 11.2 becomes 16, because 8 is below 90% of 11.2.
@@ -370,7 +370,7 @@ def write_file(path, contents):
 
 
 def load_checkpoint(source, output_stride=None):
-    """Load a network with its weights. Returns (model in float32 and eval mode, checkpoint dict).
+    """Load a network with its weights. Returns (float32 model in eval mode, checkpoint).
 
     source: path of a checkpoint, path of torchvision's weights, or 'imagenet'.
     output_stride: None keeps the checkpoint's. The weights fit all three values.
@@ -552,7 +552,7 @@ def measure_layers(module, shape):
 
 
 def count_macs(model, image_size=224):
-    """Count multiply-adds per image: 300,774,272 at width 1.0 and 224 pixels (Table 4: 300M)."""
+    """Count multiply-adds per image: 300,774,272 at width 1.0, 224 pixels (Table 4: 300M)."""
     return sum(macs for _, _, macs in measure_layers(model, (3, image_size, image_size)))
 
 
