@@ -1,7 +1,4 @@
-"""The command line: options that every script has, the device, and errors in one line.
-
-You can skip this file: it has no lesson.
-"""
+"""The command line: shared options, the device, errors in one line. You can skip this file."""
 
 import argparse
 import ctypes
@@ -30,6 +27,7 @@ ADVICE = {  # part of an error of PyTorch: problem and fix
     "DataLoader worker": "a worker ended: use --workers 0, or more shared memory (/dev/shm)",
     "shared memory": "no shared memory: use --workers 0, or more of it (/dev/shm)",
     "Connection closed by peer": "another process of torchrun ended: see its message",
+    "Timed out waiting": "another process of torchrun does not answer: see its messages",
 }
 
 

@@ -518,7 +518,8 @@ def reserved(args):
     try:
         refuse_to_replace(args)  # another run may have ended since the start
         if args.overwrite:  # else --resume would continue the old run, if this one ends early
-            (args.out / "last.pt").unlink(missing_ok=True)
+            for name in ("last.pt", "best.pt", "log.csv"):
+                (args.out / name).unlink(missing_ok=True)
         yield
     finally:
         lock.close()
