@@ -337,16 +337,17 @@ class Data:
         """Return an iterable of (images float (N, 3, S, S), labels (N,)), and with a length.
 
         augmented: for training: shuffled, repeated, without an incomplete last batch.
-        indices: use only these images, in this order. None: the share of this process.
+        indices: use only these images, in this order (default: all images of the split,
+        divided among the processes of torchrun).
         """
         images, labels = self.splits[split]
         rank, processes = process_rank()
         if min(len(labels), self.batch_size) < 2 * processes and processes > 1:
-            raise DataError(
-                "too few images for all processes: use fewer, or raise --batch-size"
-            )
-        share = indices is None
-        if share:
+            # BatchNorm needs two images in each process.
+            problem = f"{split}: too few images for {processes} processes"
+            raise DataError(f"{problem}; use fewer processes, or raise --batch-size")
+        whole = indices is None
+        if whole:
             end = len(labels)
             if split == "train":
                 # Equal shares, so that all processes take the same number of steps.
@@ -358,7 +359,7 @@ class Data:
         repeats = self.repeats if augmented else 1
         if self.kind == "photos":
             photos = PhotoDataset(images, labels, self.preprocessing)
-            if share:
+            if whole:
                 # A photo that an earlier epoch has reported is not reported again.
                 photos.unreadable = self.unreadable.setdefault(split, photos.unreadable)
             sampler = None  # in order
@@ -428,7 +429,11 @@ HELD_OUT_SHAPES = 32  # of each letter in each font
 
 
 def draw_glyph(character, font):
-    """Draw a letter, white on black, centred: uint8 (1, 64, 64)."""
+    """Draw a letter, white on black, centred: uint8 (1, 64, 64).
+
+    It fills 54 of 64 pixels, whatever its size in the font: c would look like C. It is drawn
+    four times as large first, which makes smooth edges.
+    """
     left, top, right, bottom = font.getbbox(character)
     letter = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(letter).text((-left, -top), character, fill=255, font=font)
@@ -464,7 +469,8 @@ def load_digits(size, data_dir=None):
     distributes it. Each of the 8 × 8 values counts the ink in a 4 × 4 area, 0 to 16. The order
     seems to follow the writers. The second half is the test split (899), as in scikit-learn's
     example. In the first half, every fifth image of a digit is for validation (184), the
-    others for training (714). These share writers: validation accuracy is a little too high.
+    others for training (714). Both have the same writers, so validation accuracy is a little
+    too high.
     """
     path = Path(__file__).with_name("digits.npz")
     with reading(f"'{path}' is damaged", "clone the project again"), numpy.load(path) as file:
@@ -857,7 +863,7 @@ def compute_hash(text):
 
 def fingerprint(paths):
     """Compute a text from the names of photos and the sizes of up to 1,000 of them."""
-    # Sorted from the last letter, so that the place of the folder hardly matters.
+    # By the reversed path: the file's name decides first, and the place of the folder hardly.
     paths = sorted(paths, key=lambda path: path[::-1])
     names = "/".join(os.path.basename(path) for path in paths)
     sizes = [os.path.getsize(path) for path in paths[:: len(paths) // 1000 + 1]]
@@ -987,7 +993,10 @@ def load_data(
     if entry["kind"] == "photos":
         load = partial(load, training=training, trained_on=trained_on)
     names, splits = load(preprocessing["image_size"], folder)
-    if classes and set(names) <= set(classes):
+    # A network that is trained must have the same classes, one that is evaluated may have
+    # more.
+    known = set(classes or ())
+    if set(names) == known or not training and set(names) < known:
         numbers = torch.tensor([classes.index(name) for name in names])
         splits = {
             split: (images, numbers[labels]) for split, (images, labels) in splits.items()
@@ -1026,7 +1035,7 @@ def choose_per_class(labels, per_class, seed):
 
 
 def load_for(args, preprocessing=None, **how):
-    """Call `load_data` with the options of the command line, which come first."""
+    """Call `load_data` with the options of the command line, which have priority."""
     preprocessing = dict(preprocessing or {})
     if args.image_size is not None:
         preprocessing["image_size"] = args.image_size

@@ -413,7 +413,7 @@ def evaluate(args):
 
 
 def find_images(arguments):
-    """List the readable images among files, folders and patterns such as *.jpg."""
+    """List the images that files, folders and patterns such as *.jpg name."""
     paths = []
     for argument in map(str, arguments):
         if os.path.isdir(argument):

@@ -291,7 +291,7 @@ def export_formats(names, folded, example, metadata, calibration, task, referenc
                 result["largest_difference"] = (outputs - expected).abs().max().item()
                 lost = round((measured["accuracy"] - result["accuracy"]) * len(outputs))
                 fault = find_fault(name, result, limit, lost, len(outputs))
-            except Exception as error:  # and so may a runtime
+            except Exception as error:  # a runtime may also raise anything
                 fault = error
             if fault is not None:
                 faults.append(f"{file} ({fault})")
@@ -320,9 +320,10 @@ def load_network(args):
     size = args.image_size or preprocessing["image_size"]
     preprocessing["image_size"] = size
     images = torch.randint(256, (64, preprocessing["channels"], size, size), dtype=torch.uint8)
-    labels = torch.zeros(64, dtype=torch.long)
+    labels = torch.zeros(64, dtype=torch.long)  # for `predict`; replaced below
     dataset = data.Data(class_names(checkpoint), preprocessing, {"random": (images, labels)})
     logits, _ = predict(network, dataset.batches("random"))
+    # The labels are the network's predictions: "accuracy" is the share of equal predictions.
     dataset.splits["random"] = images, logits.argmax(dim=1)
     print(
         "--data none: files are compared on 64 random images, and their accuracy means nothing"

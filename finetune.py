@@ -3,10 +3,10 @@
     python finetune.py                           # letters (runs/train/best.pt) to digits
     python finetune.py --data path/to/photos --checkpoint imagenet --image-size 160
 
-Stage "classifier" freezes the backbone and trains a new classifier on its features. Stage
-"blocks" also trains the head and the last blocks: 8 of 17 for photos, all layers for small
-images. The layers before them stay frozen, because edges look the same in any photo. Terms
-used here:
+Stage "classifier" freezes the backbone and trains the classifier on its features. The
+classifier is new, unless the checkpoint has the same classes as the dataset. Stage "blocks"
+also trains the head and the last blocks: 8 of 17 for photos, all layers for small images. The
+layers before them stay frozen, because edges look the same in any photo. Terms used here:
 
     front, rest       the frozen and the trained part of the backbone in stage "blocks"
     frozen            without updates; BatchNorm keeps its running statistics
@@ -114,6 +114,7 @@ def train_classifier(model, dataset, args, history, save, last=None):
     """
     if len(history) >= args.classifier_epochs:  # a resumed run has finished this stage
         return
+    # model.features as a module, because extract_features needs .eval() and .parameters().
     backbone = nn.Sequential(
         model.stem, model.blocks, model.head, nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )

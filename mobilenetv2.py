@@ -112,8 +112,8 @@ class InvertedResidual(nn.Module):
         h/s × w/s × tk     1×1 convolution, linear           h/s × w/s × k'      .project
 
     Depthwise separable (§3.1): a dense 3×3 convolution from d to d' channels costs 9 · d · d'
-    multiply-adds per pixel. A depthwise and a 1×1 convolution cost d · (9 + d'), 6 to 9 times
-    less.
+    multiply-adds per pixel. A depthwise and a 1×1 convolution cost d · (9 + d'): 6 times less
+    for d' = 16, 9 times less for d' = 320.
 
     Inverted (§3.3): a ResNet block is narrow inside, and its shortcut connects the wide ends.
     Here the block is wide inside, and the shortcut connects the narrow ends. This saves
@@ -400,10 +400,11 @@ def read_checkpoint(source):
         recognise(Path(source).read_bytes(), OTHER_WEIGHTS)
     # torchvision's files have only weights. If one is missing, build_network says so.
     weights = from_torchvision(contents)
+    bias = weights.get("classifier.bias")
     return {
         "model": weights,
         "arch": {
-            "num_classes": len(weights.get("classifier.bias", range(1000))),
+            "num_classes": 1000 if bias is None else len(bias),
             "width_mult": find_width(weights),
         },
         "classes": [],
@@ -433,11 +434,11 @@ def read_file(source):
             raise zipfile.BadZipFile("a checksum differs")
         return torch.load(source, **safe)
     except Exception:  # a damaged file makes torch raise almost anything
-        recognise(contents, OTHER_FILES)
+        recognise(contents, OTHER_FILES)  # always raises: its last pattern is in every file
 
 
 def recognise(contents, kinds):
-    """Raise CheckpointError with the first message whose pattern is in `contents`."""
+    """Raise CheckpointError with the message of the first pattern found in `contents`."""
     for pattern, message in kinds.items():
         found = re.search(pattern, contents, re.DOTALL)
         if found:
@@ -458,7 +459,9 @@ def find_width(weights):
             width = thousandths / 1000
             channels = [make_divisible(c * width) for c in rows]
             channels.append(make_divisible(HEAD_CHANNELS * max(1.0, width)))
-            if found <= Counter(channels):  # fewer, if a weight is missing
+            if found <= Counter(
+                channels
+            ):  # a multiset in another; fewer if a weight is missing
                 return width
     raise CheckpointError(f"no width from 0.05 to 4 gives {list(found)} channels")
 
@@ -476,7 +479,7 @@ def build_network(checkpoint, output_stride):
     if output_stride is not None:
         arch["output_stride"] = output_stride
     try:
-        # The weights replace the initial ones, so the caller's random numbers should stay.
+        # A new network draws random weights. fork_rng restores the state of the generator.
         with torch.random.fork_rng(devices=[]):
             model = MobileNetV2(**arch)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -495,7 +498,7 @@ def build_network(checkpoint, output_stride):
     model.eval()
     with torch.no_grad():
         logits = model(torch.zeros(1, 3, 8, 8))
-    if not logits.isfinite().all():
+    if not logits.isfinite().all():  # even zeros show infinity: 0 · inf = NaN
         raise CheckpointError("its weights contain NaN or infinity")
     names = len(checkpoint["classes"])
     if names not in (0, model.arch["num_classes"]):
@@ -613,7 +616,7 @@ def main():
         ValueError,
         RuntimeError,
         OverflowError,
-    ) as error:  # PyTorch has its own largest size
+    ) as error:  # a size that PyTorch cannot represent
         parser.exit(2, f"mobilenetv2.py: {str(error).splitlines()[0]}: use another value\n")
 
 

@@ -6,8 +6,9 @@
     torchrun --nproc-per-node 8 train.py ...       # on 8 GPUs, or in 8 processes on CPUs
 
 Read `train_epoch` (the batches of an epoch), `fit` (the epochs of a run) and `main`.
-Bookkeeping follows. Two functions of evaluate.py are used here: `predict` runs the network on
-all images of a split, and `score` compares its logits with the labels. Terms used here:
+The optimizer, the schedule and the losses follow, then the files of a run. Two functions come
+from evaluate.py: `predict` runs the network on all images of a split, and `score` compares its
+logits with the labels. Terms used here:
 
     epoch       one pass over the training images (several passes for small datasets)
     warm-up     the first steps, in which the learning rate rises to its peak
@@ -57,8 +58,9 @@ RECIPES = {
     },
     # The other recipes replace some of these settings.
     #
-    # The paper, §6.1. It used 16 GPUs, each with updates of its own from batches of 96, and
-    # does not say how many epochs, or whether labels were smoothed.
+    # The paper, §6.1: 16 GPUs with asynchronous updates, 96 images per batch. The paper does
+    # not give the number of epochs, or say whether labels were smoothed. 300 is torchvision's
+    # number (references/classification). The exponential schedule has no warm-up.
     "paper": {
         "optimizer": "rmsprop",
         "schedule": "exponential",
@@ -196,15 +198,17 @@ def main():
     train_batches = dataset.batches("train", augmented=True)
     val_batches = dataset.batches("val")
     steps = len(train_batches)
-    classes = len(dataset.classes)
-    print(f"{args.data}: {classes} classes, {args.epochs} × {steps} steps, on {args.device}")
+    num_classes = len(dataset.classes)
+    print(
+        f"{args.data}: {num_classes} classes, {args.epochs} × {steps} steps, on {args.device}"
+    )
     if args.batch_size != recipe["batch_size"]:
         factor = args.batch_size / recipe["batch_size"]
         print(
-            f"batch size: {factor:g} times the recipe's; so might be --learning-rate "
-            "(Goyal et al., arXiv:1706.02677, §2.1)"
+            f"batch size: {factor:g} times the recipe's. Consider {factor:g} times its "
+            "learning rate (Goyal et al., arXiv:1706.02677, §2.1)"
         )
-    model = MobileNetV2(classes, args.width, output_stride=args.output_stride)
+    model = MobileNetV2(num_classes, args.width, output_stride=args.output_stride)
     model.to(args.device, memory_format=data.MEMORY_FORMAT)
     groups = parameter_groups(model.parameters(), args.learning_rate, args.weight_decay)
     optimizer = make_optimizer(args.optimizer, groups)
@@ -268,8 +272,9 @@ def make_scheduler(name, optimizer, steps_per_epoch, epochs, warmup=0.1):
 def cosine(step, steps, warmup=0.1):
     """Compute the learning-rate factor: linear warm-up to 1, then a cosine down to 0.
 
-    During the warm-up (Goyal et al., §2.2), a share of the steps, the gradients of a new
-    network change quickly. The cosine is equation 5 of Loshchilov and Hutter,
+    steps: number of steps of the run. warmup: share of them in which the factor rises. The
+    gradients of a new network change quickly, and large first steps could make it diverge
+    (Goyal et al., arXiv:1706.02677, §2.2). The cosine is equation 5 of Loshchilov and Hutter,
     arXiv:1608.03983, without restarts.
     """
     warmup_steps = warmup * steps
@@ -308,7 +313,7 @@ def dice_loss(logits, labels):
     p = logits.softmax(dim=1)  # (N, C)
     g = functional.one_hot(labels, logits.shape[1])  # (N, C)
     common = (p * g).sum(dim=0)  # (C,)
-    total = p.square().sum(dim=0) + g.sum(dim=0)  # (C,)
+    total = p.square().sum(dim=0) + g.sum(dim=0)  # (C,); g² = g, because g is 0 or 1
     overlap = (2 * common + 1) / (total + 1)
     return 1 - overlap.mean()
 
@@ -399,7 +404,7 @@ def show_progress(batches, title):
 def set_epoch_seed(seed, epoch):
     """Set a seed per epoch and process, for order, augmentation and dropout.
 
-    So --resume repeats them. The numbers do not meet for fewer than 100,000 epochs and 1,000
+    So --resume repeats them. All seeds differ for fewer than 100,000 epochs and 1,000
     processes.
     """
     rank, _ = data.process_rank()

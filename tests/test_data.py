@@ -241,7 +241,9 @@ def test_processes_of_torchrun_share_each_split(monkeypatch):
 def test_too_few_images_for_all_processes_are_refused(monkeypatch):
     dataset = load_data("digits", batch_size=7)
     monkeypatch.setattr(data, "process_rank", lambda: (0, 4))
-    with pytest.raises(DataError, match="too few images .*: use fewer, or raise --batch-size"):
+    with pytest.raises(
+        DataError, match="too few images .*: use fewer processes, or raise --batch-size"
+    ):
         dataset.batches("train")
 
 

@@ -488,7 +488,7 @@ def test_the_same_command_gives_the_same_bytes_and_prints_one_line_per_epoch(
     lines = [line for line in out.splitlines() if not line.startswith("warning: ")]
     assert (code, err, len(lines)) == (0, "", 6)
     assert lines[0].startswith("digits: 10 classes, 2 × ")
-    assert lines[1].startswith("batch size: 2 times the recipe's; ")
+    assert lines[1].startswith("batch size: 2 times the recipe's. Consider 2 times")
     assert all(line.startswith("scratch ") for line in lines[2:4])
     assert str(tmp_path) in lines[4]
     best = tmp_path / "best.pt"
