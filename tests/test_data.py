@@ -242,7 +242,7 @@ def test_too_few_images_for_all_processes_are_refused(monkeypatch):
     dataset = load_data("digits", batch_size=7)
     monkeypatch.setattr(data, "process_rank", lambda: (0, 4))
     with pytest.raises(
-        DataError, match="too few images .*: use fewer processes, or raise --batch-size"
+        DataError, match="too few images .*; use fewer processes, or raise --batch-size"
     ):
         dataset.batches("train")
 
