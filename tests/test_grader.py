@@ -30,10 +30,15 @@ STRIDE_64, STRIDE_96 = ("(6, 64, 4, 2)", "(6, 64, 4, 1)"), ("(6, 96, 3, 1)", "(6
 POOLING = "return x.mean(dim=(2, 3))"
 FORWARD = "return self.classifier(x)"
 CLASSIFIER = "self.classifier = nn.Linear(head_channels, num_classes)"
-SHORTCUT = "return x + out if self.use_residual else out"
-NORM = "layers.norm = nn.BatchNorm2d(out_channels)"
+SHORTCUT = "if self.use_residual:\n            out = x + out\n        return out"
+NORM = 'layers.add_module("norm", nn.BatchNorm2d(out_channels))'
+BIAS = ("bias=False,", "bias=True,")
+STEM = ("convolution(3, channels, 3, stride=2)", "convolution(3, channels, 3, stride=1)")
 DEPTHWISE = "self.depthwise = convolution(wide, wide, 3, stride, groups=wide)"
-EXPAND = "nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1)"
+EXPAND = (
+    "self.expand = nn.Identity()\n        if expansion > 1:\n"
+    "            self.expand = convolution(in_channels, wide, 1)"
+)
 PROJECT = "self.project = convolution(wide, out_channels, 1, activation=False)"
 HEAD = "self.head = convolution(channels, head_channels, 1)"
 REPEAT = "stride = row_stride if repeat == 0 else 1"
@@ -47,7 +52,7 @@ WRONG = {
     ),
     "one block per row": (
         "n in Table 2 is the number of blocks in a row",
-        ("for repeat in range(repeats)", "for repeat in range(1)"),
+        ("for repeat in range(n)", "for repeat in range(1)"),
     ),
     "a block too many": (
         "56 layers with weights, expected 53",
@@ -69,7 +74,7 @@ WRONG = {
     ),
     "expansion on the first block": (
         "the first block begins with a 1×1 convolution to 32 .*convention",
-        (EXPAND, "convolution(in_channels, wide, 1)"),
+        (EXPAND, "self.expand = convolution(in_channels, wide, 1)"),
     ),
     "expansion of 6 on the first block": (
         "the first block begins with a 1×1 convolution to 192",
@@ -115,10 +120,7 @@ WRONG = {
     ),
     "stride in the expansion": (
         "expansion: stride 2, expected 1",
-        (
-            EXPAND,
-            "nn.Identity() if expansion == 1 else convolution(in_channels, wide, 1, stride)",
-        ),
+        (EXPAND, EXPAND.replace("wide, 1", "wide, 1, stride")),
         (DEPTHWISE, "self.depthwise = convolution(wide, wide, 3, groups=wide)"),
     ),
     "stride in the projection": (
@@ -135,11 +137,11 @@ WRONG = {
     ),
     "stride in the last block of a row": (
         "block 1 of 2, depthwise convolution: stride 1",
-        (REPEAT, REPEAT.replace("0", "repeats - 1")),
+        (REPEAT, REPEAT.replace("0", "n - 1")),
     ),
     "a stem without stride": (
         "row 1 .the stem.*: stride 1, expected 2",
-        ("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)"),
+        STEM,
     ),
     "no padding": (
         r"student.py, line \d+ .*: RuntimeError: .*padding=1",
@@ -155,11 +157,11 @@ WRONG = {
     ),
     "bias left on": (
         "has a bias, expected bias=False. .*convention",
-        ('"bias": False', '"bias": True'),
+        BIAS,
     ),
     "no BatchNorm": (
         "row 1 .* nn.BatchNorm2d, .* does not follow directly",
-        (NORM, "layers.norm = nn.Identity()"),
+        (NORM, NORM.replace("BatchNorm2d(out_channels)", "Identity()")),
     ),
     "BatchNorm after the activation": (
         "row 1 .* nn.BatchNorm2d, .* does not follow directly",
@@ -167,7 +169,7 @@ WRONG = {
     ),
     "group normalisation": (
         "row 1 .* nn.BatchNorm2d, .* does not follow directly",
-        (NORM, "layers.norm = nn.GroupNorm(8, out_channels)"),
+        (NORM, NORM.replace("BatchNorm2d(", "GroupNorm(8, ")),
     ),
     "ReLU6 after the projection": (
         "projection: is followed by ReLU6, expected no activation",
@@ -196,7 +198,7 @@ WRONG = {
     ),
     "ReLU6 after the addition": (
         "ReLU6 follows the addition",
-        (SHORTCUT, "return nn.functional.relu6(x + out) if self.use_residual else out"),
+        (SHORTCUT, SHORTCUT.replace("x + out", "nn.functional.relu6(x + out)")),
     ),
     "a product for the sum": (
         "gives neither its projection nor the sum of projection and input",
@@ -212,15 +214,15 @@ WRONG = {
     ),
     "BatchNorm that looks at the batch in eval": (
         "not those of the batch",
-        (NORM, NORM.replace(")", ", track_running_stats=False)")),
+        (NORM, NORM.replace("channels)", "channels, track_running_stats=False)")),
     ),
     "one block for a whole row": (
         "share their weights",
         (
-            "blocks.append(InvertedResidual(channels, out_channels, stride, expansion))",
+            "blocks.append(InvertedResidual(channels, out_channels, stride, t))",
             (
                 "blocks.append(self.blocks[-1] if repeat > 1"
-                " else InvertedResidual(channels, out_channels, stride, expansion))"
+                " else InvertedResidual(channels, out_channels, stride, t))"
             ),
         ),
     ),
@@ -274,11 +276,11 @@ WRONG = {
     ),
     "a shortcut in training only": (
         "^row .*: the input is not added to the output",
-        (SHORTCUT, "return x + out if self.use_residual and self.training else out"),
+        (SHORTCUT, SHORTCUT.replace("residual:", "residual and self.training:")),
     ),
     "no shortcut in training": (
         "in training mode, row .*: the input is not added to the output",
-        (SHORTCUT, "return x + out if self.use_residual and not self.training else out"),
+        (SHORTCUT, SHORTCUT.replace("residual:", "residual and not self.training:")),
     ),
     "softmax in training": (
         "in training mode, the classifier is followed by softmax",
@@ -289,11 +291,11 @@ WRONG = {
     ),
     "BatchNorm that never learns": (
         "is the same after a batch in training mode",
-        (NORM, NORM.replace(")", ", momentum=0.0)")),
+        (NORM, NORM.replace("channels)", "channels, momentum=0.0)")),
     ),
     "the momentum of Keras": (
         "BatchNorm's momentum is 0.99",
-        (NORM, NORM.replace(")", ", momentum=0.99)")),
+        (NORM, NORM.replace("channels)", "channels, momentum=0.99)")),
     ),
     "a classifier without bias": (
         "-1,000. The classifier's bias is missing. .*convention",
@@ -332,7 +334,7 @@ WRONG = {
     ),
     "channels below 90%": (
         "width_mult=.* but not below 90%",
-        ("if rounded >= 0.9 * value else rounded + divisor", ""),
+        ("if rounded < 0.9 * value:\n        rounded += divisor\n    return", "return"),
     ),
     "a narrow head": ("below 1.0 the head keeps 1280", ("max(1.0, width_mult)", "width_mult")),
     "a head that never grows": (
@@ -370,7 +372,7 @@ WRONG = {
             "row 1 .*: stride 1, expected 2;"
             " row 3, block 1 of 2, depthwise convolution: stride 1, expected 2. .* CIFAR"
         ),
-        ("strides = [2] +", "strides = [1] +"),
+        STEM,
         ("(6, 24, 2, 2)", "(6, 24, 2, 1)"),
         (POOLING, "return nn.functional.avg_pool2d(x, 4).flatten(1)"),
     ),
@@ -424,8 +426,8 @@ WRONG = {
     ),
     "BatchNorm folded into the convolutions": (
         "row 1 .* does not follow directly. No BatchNorm runs .*is BatchNorm folded into them",
-        (NORM, "layers.norm = nn.Identity()"),
-        ('"bias": False', '"bias": True'),
+        (NORM, NORM.replace("BatchNorm2d(out_channels)", "Identity()")),
+        BIAS,
     ),
     "nn.Dropout made in forward": (
         r"active in eval mode \(student.py, line \d+\).*made inside forward",
@@ -436,7 +438,7 @@ WRONG = {
             "dropout is between BatchNorm and activation of row 1 .*,"
             " expected only in front of the classifier"
         ),
-        (NORM, NORM + "\n    layers.dropout = nn.Dropout(0.1)"),
+        (NORM, NORM + '\n    layers.add_module("dropout", nn.Dropout(0.1))'),
     ),
     "dropout behind the projection": (
         "dropout is behind the BatchNorm of row 2 .* projection",
@@ -639,7 +641,7 @@ def test_independent_faults_cost_only_their_own_points():
     changes = (
         (", activation=False)", ")"),
         (SHORTCUT, "return out"),
-        ('"bias": False', '"bias": True'),
+        BIAS,
     )
     found = statuses(load(patch(*changes)))
     assert [name for name in found if found[name] == "failed"] == [
@@ -653,7 +655,7 @@ def test_independent_faults_cost_only_their_own_points():
 
 
 def test_an_expansion_with_t_1_costs_no_other_points():
-    found = score(load(patch((EXPAND, "convolution(in_channels, wide, 1)"))))
+    found = score(load(patch((EXPAND, "self.expand = convolution(in_channels, wide, 1)"))))
     assert found.points == 75 and "(This is a convention" in found.status("layers")[1]
 
 
@@ -696,13 +698,11 @@ def test_the_command_grades_a_file_and_noise_does_not_hide_the_score(tmp_path):
     path = tmp_path / "student.py"
     no_strides = [
         (
-            "for repeat in range(repeats):\n",
-            "for repeat in range(repeats):\n                row_stride = 1\n",
+            "for repeat in range(n):\n",
+            "for repeat in range(n):\n                row_stride = 1\n",
         )
     ]
-    no_strides += [
-        ("convolution(3, channels, 3, strides[0])", "convolution(3, channels, 3, 1)")
-    ]
+    no_strides += [STEM]
     noise = [
         (
             "return self.classifier(x)",
@@ -842,8 +842,8 @@ def fill(*names):
     source, solution = SKELETON, definitions(SOURCE)
     for name in names:
         source = source.replace(definitions(SKELETON)[name], solution[name])
-    # The project's network uses STRIDES_DROPPED and initialise.
-    return "\n\n".join([solution["STRIDES_DROPPED"], source, solution["initialise"]])
+    # The project's network uses row_strides and initialise.
+    return "\n\n".join([solution["row_strides"], source, solution["initialise"]])
 
 
 TASKS = {  # solved parts: pattern of the message
