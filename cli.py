@@ -129,12 +129,12 @@ def run(main, *errors):
         print(end="", flush=True)
         return
     except KeyboardInterrupt:
-        message = "interrupted; a run with a last.pt continues with --resume"
+        message = "interrupted; train.py and finetune.py continue with --resume"
     except (UserError, *errors) as error:
         # A worker of a DataLoader adds its traceback in front of the message.
         message = str(error).rpartition(f"{type(error).__name__}: ")[2]
     except BrokenPipeError:  # `| head` has read enough
-        message = "nobody reads the output; a run with a last.pt continues with --resume"
+        message = "nobody reads the output; train.py and finetune.py continue with --resume"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it at the end
     except OSError as error:
         message = f"{error}: check permissions and free space, or use another folder"

@@ -142,6 +142,8 @@ def fit(
     """
     wrapped = wrap(model, amp)  # the same weights, with mixed precision and torchrun
     done = [row["stage"] for row in history].count(stage)  # in a resumed run
+    if done >= epochs:
+        print(f"stage {stage} is complete: nothing to train; for more epochs, use a new --out")
     for _ in range(done, epochs):
         epoch = len(history) + 1
         set_epoch_seed(seed, epoch)

@@ -392,7 +392,7 @@ def start(change, *arguments, output):
     return Python(program, *arguments, output=output, path=(ROOT, ROOT / "tests"))
 
 
-NOBODY_READS = "nobody reads the output; a run with a last.pt continues with --resume"
+NOBODY_READS = "nobody reads the output; train.py and finetune.py continue with --resume"
 
 
 def test_a_closed_pipe_ends_in_one_line(photos, tmp_path):
@@ -450,7 +450,7 @@ def test_a_signal_ends_in_one_line_and_leaves_nothing(
 
     monkeypatch.setattr(train, "train_epoch", be_ended)
     code, _, err = call(train, "--data", photos, *RUN, "--out", tmp_path / "run")
-    line = "train.py: interrupted; a run with a last.pt continues with --resume\n"
+    line = "train.py: interrupted; train.py and finetune.py continue with --resume\n"
     assert (code, err) == (2, line) and not (tmp_path / "run").exists()
 
 
