@@ -723,7 +723,8 @@ def find_splits(root, left_out):
     """
     splits = {}
     others = []
-    names, _ = list_inside(root, Counter())
+    hidden = Counter()
+    names, _ = list_inside(root, hidden)
     for name in names:
         split = split_of(name)
         if split is None or not has_folders(root / name):
@@ -733,7 +734,8 @@ def find_splits(root, left_out):
             raise DataError(f"'{root}': {problem}; keep one")
         else:
             splits[split] = unwrap(root / name, split)
-    if splits:
+    if splits:  # else list_classes lists root, and counts these files
+        left_out.update(hidden)
         for name in others:
             images = list_images(root / name, Counter())
             left_out[UNLABELLED.format(root / name)] = len(images)
@@ -742,7 +744,7 @@ def find_splits(root, left_out):
 
 def list_classes(root, left_out):
     """List root/<class>/...: {class name: paths}."""
-    names, images = list_inside(root, Counter())
+    names, images = list_inside(root, left_out)
     left_out[f"images outside class folders in '{root}'"] = len(images)
     classes = {}
     for name in names:

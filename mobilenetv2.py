@@ -364,9 +364,8 @@ def write_file(path, contents):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, error.strerror, str(path)
-        ) from error  # adds the file's name
+        # Not every such error has the file's name.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def load_checkpoint(source, output_stride=None):

@@ -129,7 +129,13 @@ LAYOUTS = {  # name: (layout, expected classes, expected counts, parts of the pr
         {**two(""), "@eaDir": 2, "lost+found": 0, ".ipynb_checkpoints": 2, "a/@eaDir": 3},
         AB,
         UNSPLIT,
-        [],
+        ["hidden folders: 4"],
+    ),
+    "system folders beside the splits": (
+        {**two("train", "test"), "__MACOSX/x": 1},
+        AB,
+        SPLIT,
+        ["hidden folders: 1"],
     ),
     "underscores": (
         {"_": 5, "_background": 5, "a": 5},
